@@ -1,0 +1,58 @@
+// Package guestapi is the contract between a worker and the guest binary: the configuration that the worker writes
+// for one instance, the JSON that the guest's host-side helpers print or leave behind, and the paths and names that
+// both sides must agree on. It imports nothing but the standard library, so that every worker can use it.
+//
+// # How a worker runs the guest in a container
+//
+// Mount the binary read-only at [ContainerBinaryPath] and the file made by [Encode] read-only at
+// [ContainerConfigPath], then run `BINARY init -config FILE` as the container's entrypoint, as uid 0 of the container
+// (podman: --user 0:0; the image's own USER belongs in [Config.RunAs]). The image's environment reaches the workload
+// and the SSH sessions through the environment of the container; [Config.Environment] is laid over it. The container
+// ends when the workload does, with the workload's exit code.
+package guestapi
+
+// Paths inside the container. They are below a directory of our own, so that they can't collide with an image's files.
+const (
+	// ContainerBinaryPath is where the guest binary is mounted.
+	ContainerBinaryPath = "/.compute-bridge/guest"
+	// ContainerConfigPath is where the configuration is mounted. It holds the host key: mode 0600, owner uid 0.
+	ContainerConfigPath = "/.compute-bridge/config.json"
+)
+
+// File names inside a grant's directory on the host.
+const (
+	// ConfigFileName is the configuration as the worker keeps it on the host, mode 0600.
+	ConfigFileName = "guest.json"
+	// SpoolFileName is the record that `guest spool` leaves, mode 0600, see [Spool].
+	SpoolFileName = "spool.json"
+	// EndedFileName is the mark that `guest spool` sets before it writes the spool. The unit has it as a condition, so
+	// that an ended grant can't start again.
+	EndedFileName = "ended"
+)
+
+// Names of the two nftables sets, in the table that is given to `guest spool -table`, whose elements are interface
+// names with a counter each. Directions are the instance's: received is what arrives at the instance.
+const (
+	// CounterSetReceived counts what is forwarded to the grant's interface (oifname).
+	CounterSetReceived = "grant_rx"
+	// CounterSetSent counts what comes from the grant's interface (iifname).
+	CounterSetSent = "grant_tx"
+)
+
+// Exit codes of `guest init` and `guest serve` that don't come from the workload. They follow the shell's convention.
+const (
+	// ExitInvalidConfig says that the configuration was missing, malformed or refused (sysexits.h EX_CONFIG).
+	ExitInvalidConfig = 78
+	// ExitNotExecutable says that the workload's command exists and can't be executed.
+	ExitNotExecutable = 126
+	// ExitNotFound says that the workload's command does not exist.
+	ExitNotFound = 127
+	// ExitSignalBase plus n says that the workload was killed by signal n.
+	ExitSignalBase = 128
+	// ExitGuestFailed says that the guest itself failed, for example because its port is taken (sysexits.h EX_OSERR).
+	ExitGuestFailed = 71
+)
+
+// LogPrefix begins every line that the guest itself writes to the console, so that a reader can tell it from the
+// workload's own output.
+const LogPrefix = "compute-bridge guest: "
