@@ -5,10 +5,10 @@ import (
 	"fmt"
 )
 
-// Role is what a caller may do. A role includes what the smaller ones may.
+// Role is what a caller may do.
 type Role int
 
-// The roles, ascending.
+// The roles.
 const (
 	// RoleNone may do nothing.
 	RoleNone Role = iota

@@ -1,0 +1,157 @@
+package worker
+
+import (
+	"context"
+	"log/slog"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/redact"
+)
+
+// Driver is what a worker knows about its own kind of place: the verbs of the
+// Backend contract at the provider's level. [Runtime] makes a backend.Backend
+// of it and does everything else once for all: validation, claims, single
+// flight per grant, closures, deadlines, login keys, receipts, watchers,
+// compute logs, sweep.
+//
+// The runtime calls Provision for one grant by one goroutine at a time and
+// never at the same time as Terminate for it; everything else is concurrent.
+// Errors are *backenderr.Error; others count as Unknown.
+type Driver interface {
+	// Capabilities returns what the provider can do now, from what the driver
+	// has observed; it answers at once. The runtime fills in Backend, LogKeys
+	// and Draining.
+	Capabilities(ctx context.Context) (backend.Capabilities, error)
+
+	// CanSatisfy answers for an idle provider, without writing anything. The
+	// grant is valid.
+	CanSatisfy(ctx context.Context, grant backend.Grant) (backend.Satisfaction, error)
+
+	// Provision makes the grant's instance and blocks until SSH answers with
+	// the expected host key.
+	//
+	// It must record each attempt by Journal.Begin before it sends anything
+	// that creates, send the attempt's stored parameters, adopt what already
+	// exists under the attempt's name, and call Journal.Gone only when the
+	// attempt is confirmed gone. When it fails, or ctx ends, it cleans up what
+	// it made and says by the error's Created whether that is confirmed.
+	// Clean-up runs on a context of its own with a time limit.
+	Provision(ctx context.Context, order Order) (Ready, error)
+
+	// Watch blocks until the grant's instance no longer runs, and says why. It
+	// re-attaches to an instance that an earlier process started. It reports
+	// usage so far to usage from time to time, if the provider offers that for
+	// little. A lost connection is no end: Watch waits until it can see again.
+	// An instance that isn't there at all is INSTANCE_NOT_FOUND.
+	Watch(ctx context.Context, id backend.GrantID, usage func(backend.Usage)) (backend.Exit, error)
+
+	// Terminate deletes everything of all attempts of the grant and blocks
+	// until the provider confirms, or ctx ends. It is idempotent, and must read
+	// the provider before it says that there is nothing.
+	//
+	// Before it deletes the last place where the provider keeps the usage, it
+	// hands what it read to Journal.SaveLog. It returns that log again when it
+	// is called once more; nil if the grant never ran.
+	Terminate(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error)
+
+	// Inventory lists what really exists.
+	backend.Inventory
+
+	// Close lets go of connections. Instances keep running.
+	Close() error
+}
+
+// Order is a grant as a driver gets it.
+type Order struct {
+	// Grant, with its region settled: the grant's own or the envelope's hint.
+	Grant backend.Grant
+	// ImagePointer is the envelope's, unchecked; package imagestore checks it.
+	ImagePointer string
+	// LoginKey is the public key that may log in, in authorized_keys format.
+	LoginKey string
+	// Nonce is the requester's, for TDX evidence.
+	Nonce []byte
+	// Progress tells people what is being done ("sending image 40 %").
+	Progress func(text string)
+}
+
+// Ready is a ready instance.
+type Ready struct {
+	// Instance, without Handle, Backend, Owner and State, which the runtime
+	// fills in.
+	Instance backend.Instance
+	// Host and Port are where SSH answers, for the requester.
+	Host string
+	Port uint16
+	// User is the login name.
+	User string
+	// HostKey is the instance's host key, in authorized_keys format.
+	HostKey string
+	// Evidence for a TDX grant.
+	Evidence *backend.Evidence
+}
+
+// Env is what the runtime gives to a driver.
+type Env struct {
+	// BridgeID names the bridge; everything that is created carries it.
+	BridgeID string
+	// Backend is the backend's name.
+	Backend string
+	// Log is the worker's logger.
+	Log *slog.Logger
+	// Journal is the driver's part of the ledger.
+	Journal Journal
+	// HostKey returns the SSH host key of an attempt, the same each time: the
+	// private key in OpenSSH PEM, the public one in authorized_keys format.
+	HostKey func(id backend.GrantID, attempt uint32) (private redact.Secret, public string, err error)
+	// Metrics registers the driver's own metrics.
+	Metrics prometheus.Registerer
+}
+
+// Journal is what no provider remembers, kept in the ledger.
+type Journal interface {
+	// Begin returns the grant's open attempt, with the parameters that were
+	// stored when it began, or records a new one with these. It fails with
+	// GRANT_ENDED once the grant is closed and with LEDGER_UNAVAILABLE if it
+	// can't be recorded; in both cases nothing may be sent.
+	Begin(ctx context.Context, id backend.GrantID, placement string, params []byte) (Attempt, error)
+
+	// Check fails with GRANT_ENDED once the grant is closed. Drivers ask before
+	// each further call that creates.
+	Check(ctx context.Context, id backend.GrantID) error
+
+	// Gone records that the provider confirmed that nothing of the attempt is
+	// left. It is idempotent.
+	Gone(ctx context.Context, id backend.GrantID, attempt uint32) error
+
+	// Attempts returns all attempts of a grant in order.
+	Attempts(ctx context.Context, id backend.GrantID) ([]Attempt, error)
+
+	// Open returns the attempts of all grants that aren't known to be gone.
+	Open(ctx context.Context) ([]Attempt, error)
+
+	// SaveLog keeps what was read about an instance's end until the final
+	// compute log is written.
+	SaveLog(ctx context.Context, log backend.ComputeLog) error
+
+	// SavedLog returns what SaveLog kept last, nil if nothing.
+	SavedLog(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error)
+}
+
+// Attempt is one try to make a grant's instance.
+type Attempt struct {
+	GrantID backend.GrantID
+	// Number counts from 1.
+	Number uint32
+	// Placement is the host or region that the driver chose.
+	Placement string
+	// Params are the driver's own rendered parameters.
+	Params []byte
+	// BeganAt is when the intent was recorded.
+	BeganAt time.Time
+	// Gone is set once the attempt is confirmed gone.
+	Gone bool
+}
