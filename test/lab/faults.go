@@ -1,0 +1,158 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// downLimit bounds the end of a host whose context has no deadline of its own.
+const downLimit = time.Minute
+
+// Kill ends the host at once, as a power cut does. Its disk stays: Reboot
+// starts it again.
+func (h *Host) Kill(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, downLimit)
+	defer cancel()
+	tree, err := openCgroupTree()
+	if err != nil {
+		return err
+	}
+	defer tree.close() //nolint:errcheck // nothing was written to it
+	if err := tree.remove(ctx, h.lab.name, h.Name); err != nil {
+		return fmt.Errorf("kill %s: %w", h.Name, err)
+	}
+	return h.gone(ctx)
+}
+
+// gone waits for the end of the host's PID 1 and takes its network away.
+func (h *Host) gone(ctx context.Context) error {
+	if err := h.record.Init.wait(ctx); err != nil {
+		return fmt.Errorf("wait for the end of %s: %w", h.Name, err)
+	}
+	if err := removeHostNetwork(ctx, h.lab.name, h.netns(), h.record.Index); err != nil {
+		return err
+	}
+	return waitLoopsFree(ctx, h.record.Order.Disk)
+}
+
+// Shutdown stops the host as `systemctl poweroff` does and waits until it is
+// down.
+func (h *Host) Shutdown(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, downLimit)
+	defer cancel()
+	// The answer may be lost with the host.
+	if _, err := h.Exec(ctx, "systemctl", "--no-block", "poweroff"); err != nil && h.Running() {
+		return err
+	}
+	if err := h.gone(ctx); err != nil {
+		return err
+	}
+	return h.Kill(ctx) // its cgroups
+}
+
+// Reboot kills the host and boots it again on the same disk, with the same
+// address and the same keys. What lived in memory is gone: /run, /tmp,
+// transient units, firewall rules, connections. The new boot isn't cut off.
+func (h *Host) Reboot(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, bootLimit)
+	defer cancel()
+	if err := h.Kill(ctx); err != nil {
+		return err
+	}
+	if err := h.boot(ctx); err != nil {
+		return fmt.Errorf("reboot %s: %w\n%s", h.Name, err, h.console())
+	}
+	return nil
+}
+
+// Destroy ends the host and removes all of it. Idempotent.
+func (h *Host) Destroy(ctx context.Context) error {
+	if err := h.Kill(ctx); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(filepath.Dir(h.record.Order.Disk)); err != nil {
+		return err
+	}
+	return os.RemoveAll(h.dir())
+}
+
+// CutOff drops all packets from and to the host, without a word to either side:
+// connections stay open and silent. New connections hang too.
+func (h *Host) CutOff(ctx context.Context) error { return h.setPort(ctx, true) }
+
+// Restore ends CutOff. Connections that both sides still hold go on.
+func (h *Host) Restore(ctx context.Context) error { return h.setPort(ctx, false) }
+
+// setPort blocks or opens the host's port of the lab's bridge.
+func (h *Host) setPort(ctx context.Context, cut bool) error {
+	state := "forwarding"
+	if cut {
+		state = "disabled"
+	}
+	if _, err := run(ctx, "", "bridge", "-n", h.lab.name, "link", "set", "dev", vethName(h.record.Index), "state", state); err != nil {
+		return err
+	}
+	h.record.CutOff = cut
+	return h.save()
+}
+
+// ResetConnections resets every TCP connection between the host's sshd and the
+// lab: the lab's side sees "connection reset by peer".
+func (h *Host) ResetConnections(ctx context.Context) error {
+	_, err := run(ctx, "", "ss", "-N", h.netns(), "-K", "-t", "state", "established", "dst", labAddr().String())
+	return err
+}
+
+// SetLatency delays every packet to the host by d, and every packet from it. It
+// takes netem, which not every kernel has: the error then is
+// [errors.ErrUnsupported]. Zero ends it.
+func (h *Host) SetLatency(ctx context.Context, d time.Duration) error {
+	for _, end := range [][2]string{{h.lab.name, vethName(h.record.Index)}, {h.netns(), "eth0"}} {
+		args := []string{"-n", end[0], "qdisc", "replace", "dev", end[1], "root", "netem", "delay", fmt.Sprintf("%dus", d.Microseconds())}
+		if d == 0 {
+			args = []string{"-n", end[0], "qdisc", "del", "dev", end[1], "root"}
+		}
+		_, err := run(ctx, "", "tc", args...)
+		switch {
+		case err == nil:
+		case d == 0 && strings.Contains(err.Error(), "handle of zero"): // there was none
+		case strings.Contains(err.Error(), "qdisc kind is unknown"):
+			return fmt.Errorf("this kernel has no netem: %w", errors.Join(errors.ErrUnsupported, err))
+		default:
+			return err
+		}
+	}
+	return nil
+}
+
+// fillFile takes the space that FillDisk takes.
+const fillFile = "/var/.lab-fill"
+
+// FillDisk fills the host's disk to the last block: writes fail with ENOSPC.
+func (h *Host) FillDisk(ctx context.Context) error {
+	// fallocate takes nearly all at once; cat takes the rest until it fails.
+	_, err := h.Exec(ctx, "sh", "-c", `
+		free=$(df --output=avail -B1 /var | tail -n 1)
+		while [ "$free" -gt 1048576 ]; do
+			fallocate -l "$free" "$1" 2>/dev/null && break
+			free=$((free - free / 64))
+		done
+		cat /dev/zero 2>/dev/null >"$1".rest
+		sync -f /var
+		[ "$(df --output=avail -B1 /var | tail -n 1)" -lt 65536 ]`, "sh", fillFile)
+	if err != nil {
+		return fmt.Errorf("fill the disk: %w", err)
+	}
+	return nil
+}
+
+// FreeDisk ends FillDisk.
+func (h *Host) FreeDisk(ctx context.Context) error {
+	_, err := h.Exec(ctx, "rm", "-f", fillFile, fillFile+".rest")
+	return err
+}
