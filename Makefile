@@ -1,47 +1,218 @@
 # The only entry point: `make help` lists the targets.
+#
+# Go commands run in the workspace (go.work), where modules are tested together;
+# binaries are built with GOWORK=off, as the images are, so that a module which
+# imports what its own go.mod lacks does not build.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.NOTPARALLEL:
 MAKEFLAGS += --no-builtin-rules
 
-BIN := $(CURDIR)/.bin
+# Tools, and what they leave behind. Binaries of ours go to bin.
+TOOLS := $(CURDIR)/.bin
+BUF := $(TOOLS)/buf
+GOLANGCI_LINT := $(TOOLS)/golangci-lint
+GOTESTSUM := $(TOOLS)/gotestsum
+PLUGINS := $(TOOLS)/protoc-gen-go
+PROTO_DEPS := $(TOOLS)/proto-deps/buf/validate/validate.proto
+
+# The workspace's modules, by directory.
+MODULES = $(shell go list -m -f '{{.Dir}}')
+
+# Packages compiled or tested at once. Each one may start hosts, and the race
+# detector multiplies memory: more than two gains nothing on a small machine.
+P ?= 2
+# A run that hangs should say where, long before CI gives up on it.
+TEST_TIMEOUT ?= 20m
+# Further arguments of go test, for example TESTFLAGS='-run TestTerminate -v'.
+TESTFLAGS ?=
+# How long each fuzz test runs in `make fuzz`.
+FUZZTIME ?= 10s
+# Lab hosts that `make lab-up` starts.
+N ?= 1
 
 .PHONY: help
 help: ## List the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z0-9-]+:.*## / {printf "  %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# --- Tools ------------------------------------------------------------------
+# --- Prerequisites and tools ------------------------------------------------
 
-BUF := $(BIN)/buf
+.PHONY: prerequisites
+prerequisites: ## Install the Debian packages that are lacking, saying so first
+	@scripts/install-prerequisites
 
+.PHONY: tools
+tools: $(BUF) $(PLUGINS) $(PROTO_DEPS) $(GOLANGCI_LINT) $(GOTESTSUM) ## Build the pinned tools into .bin
+
+# One rule a tools module: `go install tool` installs all that it pins.
 $(BUF): tools/buf/go.mod tools/buf/go.sum
-	GOWORK=off GOBIN=$(BIN) go -C tools/buf install tool
+	@echo 'building buf'
+	@GOWORK=off GOBIN=$(TOOLS) go -C tools/buf install tool
 	@touch $@
 
-$(BIN)/protoc-gen-go: tools/go.mod tools/go.sum
-	GOWORK=off GOBIN=$(BIN) go -C tools install tool
+$(PLUGINS): tools/go.mod tools/go.sum
+	@echo 'building the code generators'
+	@GOWORK=off GOBIN=$(TOOLS) go -C tools install tool
 	@touch $@
 
-PROTO_DEPS := $(BIN)/proto-deps/buf/validate/validate.proto
+$(GOLANGCI_LINT): tools/lint/go.mod tools/lint/go.sum
+	@echo 'building golangci-lint'
+	@GOWORK=off GOBIN=$(TOOLS) go -C tools/lint install tool
+	@touch $@
 
+$(GOTESTSUM): tools/dev/go.mod tools/dev/go.sum
+	@echo 'building gotestsum and grpcurl'
+	@GOWORK=off GOBIN=$(TOOLS) go -C tools/dev install tool
+	@touch $@
+
+# Checked against tools/protodeps/go.sum on its way out of the module cache.
 $(PROTO_DEPS): tools/protodeps/go.mod tools/protodeps/go.sum
-	GOWORK=off go -C tools/protodeps mod download github.com/bufbuild/protovalidate
+	@GOWORK=off go -C tools/protodeps mod download github.com/bufbuild/protovalidate
 	@mkdir -p $(@D)
-	install -m 0644 "$$(GOWORK=off go -C tools/protodeps list -m -f '{{.Dir}}' github.com/bufbuild/protovalidate)/proto/protovalidate/buf/validate/validate.proto" $@
+	@install -m 0644 "$$(GOWORK=off go -C tools/protodeps list -m -f '{{.Dir}}' github.com/bufbuild/protovalidate)/proto/protovalidate/buf/validate/validate.proto" $@
 
 # --- Contract ---------------------------------------------------------------
 
+# What the contract says now, as Go code, in .bin/generated.
+.PHONY: generated
+generated: $(BUF) $(PLUGINS) $(PROTO_DEPS)
+	@rm -rf $(TOOLS)/generated
+	@$(BUF) generate proto --output $(TOOLS)/generated
+
 .PHONY: generate
-generate: $(BUF) $(BIN)/protoc-gen-go $(PROTO_DEPS) ## Format the contract and generate its Go code
-	$(BUF) format --write proto
-	rm -rf $(BIN)/generated
-	$(BUF) generate proto --output $(BIN)/generated
-	rm -rf proto/gen/go/computebridge
-	mkdir -p proto/gen/go
-	cp -r $(BIN)/generated/computebridge proto/gen/go/
+generate: proto-fmt generated ## Format the contract and generate its Go code
+	@rm -rf proto/gen/go/computebridge
+	@mkdir -p proto/gen/go
+	@cp -r $(TOOLS)/generated/computebridge proto/gen/go/
 
 .PHONY: lock
-lock: $(BUF) $(PROTO_DEPS) ## Accept the contract as it is: rebuild the image that breaking changes are judged by
+lock: $(BUF) $(PROTO_DEPS) ## Accept the contract as it is: later changes are judged against it
 	$(BUF) build proto --exclude-source-info --output proto/lock.binpb
+
+# --- Format, lint, tidy -----------------------------------------------------
+
+.PHONY: proto-fmt
+proto-fmt: $(BUF) $(PROTO_DEPS)
+	@$(BUF) format --write proto
+
+.PHONY: fmt
+fmt: proto-fmt $(GOLANGCI_LINT) ## Format the contract and all Go code
+	@for module in $(MODULES); do (cd "$$module" && $(GOLANGCI_LINT) fmt); done
+
+# golangci-lint reads one module at a time. All of them run before it fails.
+.PHONY: lint
+lint: $(GOLANGCI_LINT) $(BUF) $(PROTO_DEPS) ## Lint and check the format of Go code and contract
+	@$(BUF) format --diff --exit-code proto
+	@$(BUF) lint proto
+	@failed=; for module in $(MODULES); do \
+		echo "lint $${module#$(CURDIR)/}"; \
+		(cd "$$module" && $(GOLANGCI_LINT) run) || failed="$$failed $${module#$(CURDIR)/}"; \
+	done; \
+	if [[ -n $$failed ]]; then echo "lint failed in:$$failed" >&2; exit 1; fi
+
+.PHONY: tidy
+tidy: ## Tidy every module and agree on versions in the workspace
+	@for module in $(MODULES); do echo "tidy $${module#$(CURDIR)/}"; (cd "$$module" && GOWORK=off go mod tidy); done
+	go work sync
+
+# --- Build ------------------------------------------------------------------
+
+# Static, and the same bytes for the same sources wherever they are built: the
+# guest binary is named by its digest.
+GO_BUILD := CGO_ENABLED=0 GOWORK=off go build -trimpath -buildvcs=false -ldflags='-s -w'
+
+.PHONY: build
+build: ## Build the static binaries into bin
+	@mkdir -p bin
+	$(GO_BUILD) -C services/guest -o $(CURDIR)/bin/guest .
+	$(GO_BUILD) -C services/router -o $(CURDIR)/bin/router .
+	$(GO_BUILD) -C services/router -o $(CURDIR)/bin/bridgectl ./cmd/bridgectl
+	$(GO_BUILD) -C services/baremetal-worker -o $(CURDIR)/bin/baremetal-worker .
+	$(GO_BUILD) -C test -o $(CURDIR)/bin/lab ./lab/cmd/lab
+
+# --- Test -------------------------------------------------------------------
+
+# A test that skips itself counts as a failure: what is lacking gets installed.
+GO_TEST = $(GOTESTSUM) --format pkgname --jsonfile $(TOOLS)/$(1).json -- \
+	-race -shuffle=on -timeout $(TEST_TIMEOUT) -p $(P) $(TESTFLAGS)
+NO_SKIPS = ! grep -E '"Action":"skip".*"Test":' $(TOOLS)/$(1).json
+
+.PHONY: test
+test: prerequisites build ## Install what is lacking, build, and run every test of every module
+	@failed=0; \
+	$(MAKE) --no-print-directory test-unit || failed=1; \
+	$(MAKE) --no-print-directory test-e2e || failed=1; \
+	exit $$failed
+
+.PHONY: test-unit
+test-unit: $(GOTESTSUM) ## Run the tests that need no lab (all modules but test)
+	$(call GO_TEST,test-unit) $$(go list work | grep -v '^github.com/compute-bridge/compute-bridge/test\(/\|$$\)')
+	@$(call NO_SKIPS,test-unit)
+
+.PHONY: test-e2e
+test-e2e: prerequisites build $(GOTESTSUM) ## Run the tests on lab hosts (the test module; needs root)
+	$(call GO_TEST,test-e2e) ./test/...
+	@$(call NO_SKIPS,test-e2e)
+
+.PHONY: bench
+bench: ## Run the benchmarks, six times each, for benchstat
+	go test -run='^$$' -bench=. -benchmem -count=6 -p 1 $(TESTFLAGS) work
+
+.PHONY: fuzz
+fuzz: ## Run every fuzz test for FUZZTIME (10s)
+	@scripts/fuzz $(FUZZTIME)
+
+# --- Check ------------------------------------------------------------------
+
+.PHONY: check
+check: check-generated check-tidy check-modules lint test ## All that CI runs
+
+.PHONY: check-generated
+check-generated: generated ## Compare the generated code with the contract, and the contract with its lock
+	@diff -r $(TOOLS)/generated/computebridge proto/gen/go/computebridge || \
+		{ echo 'generated code and contract differ: run make generate' >&2; exit 1; }
+	$(BUF) breaking proto --against proto/lock.binpb
+
+.PHONY: check-tidy
+check-tidy: ## Fail when a go.mod or go.sum is not tidy
+	@failed=; for module in $(MODULES); do (cd "$$module" && GOWORK=off go mod tidy -diff) || failed=1; done; \
+	if [[ -n $$failed ]]; then echo 'not tidy: run make tidy' >&2; exit 1; fi
+
+.PHONY: check-modules
+check-modules: ## Build each module by itself, tests included, as an importer outside the workspace would
+	@for module in $(MODULES); do echo "vet $${module#$(CURDIR)/} (GOWORK=off)"; (cd "$$module" && GOWORK=off go vet ./...); done
+
+.PHONY: deps-golden
+deps-golden: ## Accept the modules that the router links as they are now
+	cd services/router && GOWORK=off go list -deps -f '{{with .Module}}{{.Path}}{{end}}' . | sort -u > deps.golden
+
+# --- Lab and demo -----------------------------------------------------------
+
+.PHONY: lab-up
+lab-up: prerequisites build ## Start N (1) lab hosts: Debian with systemd, sshd and podman
+	bin/lab up -n $(N)
+
+.PHONY: lab-shell
+lab-shell: ## Log in to a lab host (HOST=name; the first one without)
+	bin/lab shell $(HOST)
+
+.PHONY: lab-down
+lab-down: ## Destroy the lab hosts
+	bin/lab down
+
+.PHONY: demo
+demo: prerequisites build ## A grant from the router to a container on a lab host, end to end
+	bin/lab demo
+
+# --- Clean ------------------------------------------------------------------
+
+.PHONY: clean
+clean: ## Remove built binaries and test results; keep the tools
+	rm -rf bin $(TOOLS)/generated $(TOOLS)/*.json
+
+.PHONY: distclean
+distclean: clean ## Remove the tools too
+	rm -rf $(TOOLS)
