@@ -1,0 +1,40 @@
+package grpcx
+
+import (
+	"fmt"
+	"time"
+
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/keepalive"
+)
+
+// Dial returns a connection to a server. It connects in the background and
+// again whenever the connection is lost; calls fail at once while there is
+// none, unless they wait for ready. The caller closes it.
+//
+// Nothing is retried: Provision's outcome would be in doubt. Whoever calls
+// decides by the error.
+func Dial(c ClientConfig, t TLSConfig, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+	creds, err := credentialsFor(c, t)
+	if err != nil {
+		return nil, fmt.Errorf("dial %s: %w", c.Target, err)
+	}
+	conn, err := grpc.NewClient(c.Target, append([]grpc.DialOption{
+		grpc.WithTransportCredentials(creds),
+		grpc.WithStatsHandler(otelgrpc.NewClientHandler()),
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 5 * time.Second},
+			MinConnectTimeout: 5 * time.Second,
+		}),
+		grpc.WithIdleTimeout(0), // a channel that sleeps would miss health changes
+		grpc.WithDisableRetry(),
+		grpc.WithDisableServiceConfig(),
+	}, options...)...)
+	if err != nil {
+		return nil, fmt.Errorf("dial %s: %w", c.Target, err)
+	}
+	return conn, nil
+}

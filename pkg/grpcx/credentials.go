@@ -1,0 +1,247 @@
+package grpcx
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// reloadEvery is how often, at most, certificate files are looked at: a new
+// certificate is used within that time, and a storm of handshakes costs no
+// storm of reads.
+const reloadEvery = time.Second
+
+// files is one loaded set of TLS files.
+type files struct {
+	certificate tls.Certificate
+	authorities *x509.CertPool
+}
+
+func loadFiles(c TLSConfig) (*files, error) {
+	certificate, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+	if err != nil {
+		return nil, fmt.Errorf("certificate and key: %w", err)
+	}
+	pem, err := os.ReadFile(c.CAFile)
+	if err != nil {
+		return nil, fmt.Errorf("certificate authorities: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("certificate authorities: no PEM certificate in %s", c.CAFile)
+	}
+	return &files{certificate: certificate, authorities: pool}, nil
+}
+
+// reloader holds the TLS files and loads them again when they change. While
+// new files can't be loaded (half written, say), the old ones stay in use.
+type reloader struct {
+	config TLSConfig
+
+	mu      sync.Mutex // protects the fields below
+	current *files
+	stamp   string
+	looked  time.Time
+}
+
+func newReloader(c TLSConfig) (*reloader, error) {
+	r := &reloader{config: c}
+	loaded, err := loadFiles(c)
+	if err != nil {
+		return nil, err
+	}
+	r.current, r.stamp, r.looked = loaded, c.stamp(), time.Now()
+	return r, nil
+}
+
+// stamp changes when a file does.
+func (t TLSConfig) stamp() string {
+	stamp := ""
+	for _, f := range []string{t.CertFile, t.KeyFile, t.CAFile} {
+		if info, err := os.Stat(f); err == nil {
+			stamp += fmt.Sprintf("%d %d;", info.ModTime().UnixNano(), info.Size())
+		}
+	}
+	return stamp
+}
+
+func (r *reloader) files() *files {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if time.Since(r.looked) < reloadEvery {
+		return r.current
+	}
+	r.looked = time.Now()
+	stamp := r.config.stamp()
+	if stamp == r.stamp {
+		return r.current
+	}
+	if loaded, err := loadFiles(r.config); err == nil {
+		r.current, r.stamp = loaded, stamp
+	}
+	return r.current
+}
+
+// peerInfo is the AuthInfo of connections without TLS.
+type peerInfo struct {
+	credentials.CommonAuthInfo
+	identity string
+}
+
+// AuthType implements credentials.AuthInfo.
+func (peerInfo) AuthType() string { return "computebridge-local" }
+
+// insecureConn marks connections of a listener with insecure = true.
+type insecureConn struct{ net.Conn }
+
+type insecureListener struct{ net.Listener }
+
+func (l insecureListener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return insecureConn{conn}, nil
+}
+
+// serverCredentials decides per connection: a unix socket tells its peer's
+// user id, a marked connection is plaintext, all else is mutual TLS.
+type serverCredentials struct {
+	tls *reloader // nil if no listener uses TLS
+}
+
+var _ credentials.TransportCredentials = (*serverCredentials)(nil)
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (c *serverCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	switch conn := conn.(type) {
+	case *net.UnixConn:
+		uid, err := peerUID(conn)
+		if err != nil {
+			return nil, nil, err
+		}
+		return conn, peerInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.PrivacyAndIntegrity}, "unix:" + strconv.FormatUint(uint64(uid), 10)}, nil
+	case insecureConn:
+		return conn, peerInfo{credentials.CommonAuthInfo{SecurityLevel: credentials.NoSecurity}, InsecureIdentity}, nil
+	}
+	if c.tls == nil {
+		return nil, nil, errors.New("no TLS is configured for this listener")
+	}
+	f := c.tls.files()
+	return credentials.NewTLS(&tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		Certificates: []tls.Certificate{f.certificate},
+		ClientCAs:    f.authorities,
+		ClientAuth:   tls.RequireAndVerifyClientCert,
+	}).ServerHandshake(conn)
+}
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (c *serverCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("server credentials can't dial")
+}
+
+// Info implements credentials.TransportCredentials.
+func (c *serverCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "computebridge"}
+}
+
+// Clone implements credentials.TransportCredentials.
+func (c *serverCredentials) Clone() credentials.TransportCredentials { return c }
+
+// OverrideServerName implements credentials.TransportCredentials.
+func (c *serverCredentials) OverrideServerName(string) error {
+	return errors.New("server credentials have no server name")
+}
+
+func peerUID(conn *net.UnixConn) (uint32, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if credErr != nil {
+		return 0, fmt.Errorf("peer credentials of unix socket: %w", credErr)
+	}
+	return cred.Uid, nil
+}
+
+// clientCredentials shows the present certificate at each handshake.
+type clientCredentials struct {
+	tls        *reloader
+	serverName string
+}
+
+var _ credentials.TransportCredentials = (*clientCredentials)(nil)
+
+// ClientHandshake implements credentials.TransportCredentials.
+func (c *clientCredentials) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	f := c.tls.files()
+	return credentials.NewTLS(&tls.Config{
+		MinVersion:   tls.VersionTLS13,
+		Certificates: []tls.Certificate{f.certificate},
+		RootCAs:      f.authorities,
+		ServerName:   c.serverName,
+	}).ClientHandshake(ctx, authority, conn)
+}
+
+// ServerHandshake implements credentials.TransportCredentials.
+func (c *clientCredentials) ServerHandshake(net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	return nil, nil, errors.New("client credentials can't serve")
+}
+
+// Info implements credentials.TransportCredentials.
+func (c *clientCredentials) Info() credentials.ProtocolInfo {
+	return credentials.ProtocolInfo{SecurityProtocol: "tls", ServerName: c.serverName}
+}
+
+// Clone implements credentials.TransportCredentials.
+func (c *clientCredentials) Clone() credentials.TransportCredentials {
+	clone := *c
+	return &clone
+}
+
+// OverrideServerName implements credentials.TransportCredentials.
+func (c *clientCredentials) OverrideServerName(name string) error {
+	c.serverName = name
+	return nil
+}
+
+func credentialsFor(c ClientConfig, t TLSConfig) (credentials.TransportCredentials, error) {
+	if c.Insecure || UnixPath(c.Target) != "" {
+		return insecure.NewCredentials(), nil
+	}
+	r, err := newReloader(t)
+	if err != nil {
+		return nil, err
+	}
+	return &clientCredentials{tls: r, serverName: c.ServerName}, nil
+}
+
+// certificateIdentity returns the identity that a verified certificate shows.
+func certificateIdentity(cert *x509.Certificate) string {
+	switch {
+	case len(cert.URIs) > 0:
+		return cert.URIs[0].String()
+	case len(cert.DNSNames) > 0:
+		return cert.DNSNames[0]
+	}
+	return cert.Subject.CommonName
+}
