@@ -143,17 +143,17 @@ NO_SKIPS = ! grep -E '"Action":"skip".*"Test":' $(TOOLS)/$(1).json
 .PHONY: test
 test: prerequisites build ## Install what is lacking, build, and run every test of every module
 	@failed=0; \
-	$(MAKE) --no-print-directory test-unit || failed=1; \
+	$(MAKE) --no-print-directory test-modules || failed=1; \
 	$(MAKE) --no-print-directory test-e2e || failed=1; \
 	exit $$failed
 
-.PHONY: test-unit
-test-unit: $(GOTESTSUM) ## Run the tests that need no lab (all modules but test)
-	$(call GO_TEST,test-unit) $$(go list work | grep -v '^github.com/compute-bridge/compute-bridge/test\(/\|$$\)')
-	@$(call NO_SKIPS,test-unit)
+.PHONY: test-modules
+test-modules: $(GOTESTSUM) ## Run the tests of all modules but the end-to-end ones
+	$(call GO_TEST,test-modules) $$(go list work | grep -v '^github.com/compute-bridge/compute-bridge/test\(/\|$$\)')
+	@$(call NO_SKIPS,test-modules)
 
 .PHONY: test-e2e
-test-e2e: prerequisites build $(GOTESTSUM) ## Run the tests on lab hosts (the test module; needs root)
+test-e2e: prerequisites build $(GOTESTSUM) ## Run the end-to-end tests and those of the lab (module test)
 	$(call GO_TEST,test-e2e) ./test/...
 	@$(call NO_SKIPS,test-e2e)
 
