@@ -20,7 +20,7 @@ PLUGINS := $(TOOLS)/protoc-gen-go
 PROTO_DEPS := $(TOOLS)/proto-deps/buf/validate/validate.proto
 
 # The workspace's modules, by directory.
-MODULES = $(shell go list -m -f '{{.Dir}}')
+MODULES = $(or $(shell go list -m -f '{{.Dir}}'),$(error no module found: is go in PATH, and go.work in order?))
 
 # Packages compiled or tested at once. Each one may start hosts, and the race
 # detector multiplies memory: more than two gains nothing on a small machine.
