@@ -23,7 +23,7 @@ import (
 
 const (
 	// maxLineBytes bounds an authorized_keys line. The longest key that the ssh
-	// package takes, RSA with 8192 bits, needs some 1400 bytes.
+	// package takes, RSA with 16384 bits, needs some 2800 bytes.
 	maxLineBytes = 8 << 10
 	// minRSABits is what NIST SP 800-57 part 1 allows today.
 	minRSABits = 2048
