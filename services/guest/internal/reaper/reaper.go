@@ -1,0 +1,67 @@
+// Package reaper is the guest as PID 1: a parent that starts one child, the real guest, forwards signals to it and
+// reaps every orphan. It is a process of its own because waiting for any child and os/exec waiting for its own
+// children don't go together in one.
+package reaper
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/compute-bridge/compute-bridge/services/guest/internal/process"
+)
+
+// Run starts path with argv and the reaper's own environment and standard streams, and returns its exit code in the
+// shell's convention once it has ended. Orphans become children of this process even if it isn't PID 1.
+//
+// It must be the only waiter in the process.
+func Run(path string, argv []string) (int, error) {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return 0, fmt.Errorf("become reaper: %w", err)
+	}
+	// SIGCHLD tells only "look again", so one place is enough; the others must not be lost to a burst of it.
+	children := make(chan os.Signal, 1)
+	signal.Notify(children, syscall.SIGCHLD)
+	defer signal.Stop(children)
+	forward := make(chan os.Signal, 16)
+	signal.Notify(forward, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1,
+		syscall.SIGUSR2)
+	defer signal.Stop(forward)
+
+	pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 1, 2}})
+	if err != nil {
+		return 0, fmt.Errorf("start %s: %w", path, err)
+	}
+	for {
+		select {
+		case <-children:
+			if status, ended := reap(pid); ended {
+				return process.ExitCode(status), nil
+			}
+		case sig := <-forward:
+			// Nothing else reaps, so pid is still ours, dead or alive.
+			if number, ok := sig.(syscall.Signal); ok {
+				_ = syscall.Kill(pid, number)
+			}
+		}
+	}
+}
+
+// reap collects every child that has ended, and says whether pid is among them.
+func reap(pid int) (syscall.WaitStatus, bool) {
+	for {
+		var status syscall.WaitStatus
+		got, err := syscall.Wait4(-1, &status, syscall.WNOHANG, nil)
+		switch {
+		case errors.Is(err, syscall.EINTR):
+		case err != nil || got == 0:
+			return 0, false
+		case got == pid && (status.Exited() || status.Signaled()):
+			return status, true
+		}
+	}
+}
