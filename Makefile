@@ -138,7 +138,7 @@ build: ## Build the static binaries into bin
 # A test that skips itself counts as a failure: what is lacking gets installed.
 GO_TEST = $(GOTESTSUM) --format pkgname --jsonfile $(TOOLS)/$(1).json -- \
 	-race -shuffle=on -timeout $(TEST_TIMEOUT) -p $(P) $(TESTFLAGS)
-NO_SKIPS = ! grep -E '"Action":"skip".*"Test":' $(TOOLS)/$(1).json
+NO_SKIPS = if grep -E '"Action":"skip".*"Test":' $(TOOLS)/$(1).json; then echo 'tests were skipped' >&2; exit 1; fi
 
 .PHONY: test
 test: prerequisites build ## Install what is lacking, build, and run every test of every module
@@ -149,12 +149,13 @@ test: prerequisites build ## Install what is lacking, build, and run every test 
 
 .PHONY: test-modules
 test-modules: $(GOTESTSUM) ## Run the tests of all modules but the end-to-end ones
-	$(call GO_TEST,test-modules) $$(go list work | grep -v '^github.com/compute-bridge/compute-bridge/test\(/\|$$\)')
+	@packages=$$(go list work | grep -v '^github.com/compute-bridge/compute-bridge/test\(/\|$$\)'); \
+	$(call GO_TEST,test-modules) $$packages
 	@$(call NO_SKIPS,test-modules)
 
 .PHONY: test-e2e
 test-e2e: prerequisites build $(GOTESTSUM) ## Run the end-to-end tests and those of the lab (module test)
-	$(call GO_TEST,test-e2e) ./test/...
+	@$(call GO_TEST,test-e2e) ./test/...
 	@$(call NO_SKIPS,test-e2e)
 
 .PHONY: bench
