@@ -32,7 +32,9 @@ func hostAddr(index int) netip.Addr {
 }
 
 // hostMAC is fixed too, so that neighbour entries can be.
-func hostMAC(index int) string { return fmt.Sprintf("02:77:00:00:%02x:%02x", index>>8&0xff, index&0xff) }
+func hostMAC(index int) string {
+	return fmt.Sprintf("02:77:00:00:%02x:%02x", index>>8&0xff, index&0xff)
+}
 
 // vethName is the lab's end of a host's cable.
 func vethName(index int) string { return fmt.Sprintf("host%d", index) }

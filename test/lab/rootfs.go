@@ -25,14 +25,15 @@ const defaultCache = "/var/cache/compute-bridge-lab"
 
 // recipeVersion changes whenever this file changes what it does to a root file
 // system after the packages are installed.
-const recipeVersion = "1"
+const recipeVersion = "3"
 
 // packages are what a lab host has, beside the release's essential packages.
-// libfaketime is for [Host.SetClockSkew] alone.
+// libfaketime is for [Host.SetClockSkew] alone, busybox for the test images.
 func packages() []string {
 	return []string{
 		"systemd", "systemd-sysv", "dbus", "udev", "openssh-server", "openssh-sftp-server", "podman", "crun",
 		"netavark", "aardvark-dns", "nftables", "iproute2", "procps", "kmod", "ca-certificates", "libfaketime",
+		"busybox-static", "e2fsprogs",
 	}
 }
 
@@ -221,6 +222,8 @@ func finishRootFS(root string) error {
 		"etc/machine-id":  "",
 		"etc/fstab":       "",
 		"etc/resolv.conf": "",
+		// Nothing to rebuild at boot: see systemd-update-done.service(8).
+		"etc/.updated": "", "var/.updated": "",
 		"etc/systemd/journald.conf.d/lab.conf": "[Journal]\nStorage=persistent\nSystemMaxUse=64M\n" +
 			"ReadKMsg=no\nAudit=no\nRateLimitIntervalSec=0\n",
 	} {

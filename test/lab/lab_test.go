@@ -1,0 +1,398 @@
+package lab_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/compute-bridge/compute-bridge/test/lab"
+	"github.com/compute-bridge/compute-bridge/test/lab/ociimage"
+)
+
+func TestMain(m *testing.M) { lab.Main(m, lab.CheckGoroutines()) }
+
+// ok fails the test on an error.
+func ok(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// onHost runs a program on the host and returns its trimmed output.
+func onHost(t *testing.T, h *lab.Host, argv ...string) string {
+	t.Helper()
+	out, err := h.Exec(t.Context(), argv...)
+	ok(t, err)
+	return strings.TrimSpace(out)
+}
+
+// overSSH runs a command in a session of its own.
+func overSSH(t *testing.T, client *ssh.Client, command string) string {
+	t.Helper()
+	session, err := client.NewSession()
+	ok(t, err)
+	defer session.Close() //nolint:errcheck // ended with the command
+	out, err := session.Output(command)
+	ok(t, err)
+	return strings.TrimSpace(string(out))
+}
+
+// login opens an SSH connection that ends with the test.
+func login(t *testing.T, h *lab.Host) *ssh.Client {
+	t.Helper()
+	client, err := h.DialSSH(t.Context())
+	ok(t, err)
+	t.Cleanup(func() { _ = client.Close() }) // some tests break it
+	return client
+}
+
+func TestHostsBootToSystemdAndReachEachOther(t *testing.T) {
+	t.Parallel()
+	a, b := lab.NewHost(t, lab.HostOptions{}), lab.NewHost(t, lab.HostOptions{Name: "second"})
+	for _, h := range []*lab.Host{a, b} {
+		if got := onHost(t, h, "systemctl", "is-system-running"); got != "running" {
+			t.Errorf("%s: systemd says %q", h.Name, got)
+		}
+		if got := onHost(t, h, "cat", "/proc/1/comm"); got != "systemd" {
+			t.Errorf("%s: PID 1 is %q", h.Name, got)
+		}
+		if got := onHost(t, h, "hostname"); got != h.Name {
+			t.Errorf("host name %q, want %q", got, h.Name)
+		}
+		if got := overSSH(t, login(t, h), "id -u; cat /etc/hostname"); got != "0\n"+h.Name {
+			t.Errorf("over SSH to %s: %q", h.Name, got)
+		}
+	}
+	if a.Addr == b.Addr {
+		t.Fatalf("both hosts have address %s", a.Addr)
+	}
+	if slices.Equal(a.HostKey.Marshal(), b.HostKey.Marshal()) {
+		t.Error("both hosts have the same host key")
+	}
+	banner := onHost(t, a, "bash", "-c", fmt.Sprintf("exec 3<>/dev/tcp/%s/22; head -c 4 <&3", b.Addr))
+	if banner != "SSH-" {
+		t.Errorf("from one host to the other: %q", banner)
+	}
+}
+
+func TestStockOpenSSHLogsInWithThePinnedKey(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	known := filepath.Join(t.TempDir(), "known_hosts")
+	login := func(key string) ([]byte, error) {
+		ok(t, os.WriteFile(known, []byte(h.Addr.String()+" "+key+"\n"), 0o600))
+		return exec.CommandContext(t.Context(), "ssh", "-F", "none", "-i", h.UserKeyFile, "-o", "BatchMode=yes",
+			"-o", "StrictHostKeyChecking=yes", "-o", "UserKnownHostsFile="+known, "root@"+h.Addr.String(), "echo", "hello").CombinedOutput()
+	}
+	out, err := login(h.HostKeyLine())
+	if err != nil || strings.TrimSpace(string(out)) != "hello" {
+		t.Errorf("ssh said %q, %v", out, err)
+	}
+	other := lab.NewHost(t, lab.HostOptions{})
+	if out, err := login(other.HostKeyLine()); err == nil {
+		t.Errorf("ssh took another host's key: %q", out)
+	}
+}
+
+func TestSSHDTakesExtraConfiguration(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{SSHDConfig: []string{"MaxSessions 1", "AllowStreamLocalForwarding no"}})
+	client := login(t, h)
+	first, err := client.NewSession()
+	ok(t, err)
+	defer first.Close() //nolint:errcheck // ended with the connection
+	if second, err := client.NewSession(); err == nil {
+		t.Error("a second session was opened")
+		_ = second.Close()
+	}
+	if conn, err := client.Dial("unix", "/run/dbus/system_bus_socket"); err == nil {
+		t.Error("a socket was forwarded")
+		_ = conn.Close()
+	}
+}
+
+func TestPodmanRunsEveryKindOfImage(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	for _, tc := range []struct {
+		kind     ociimage.Kind
+		args     []string
+		want     string
+		wantCode int
+	}{
+		{ociimage.Shell, []string{"sh", "-c", "echo from $(id -un) in busybox"}, "from root in busybox", 0},
+		{ociimage.Distroless, []string{"exit", "0"}, "", 0},
+		{ociimage.Exit3, nil, "", 3},
+		{ociimage.Stubborn, []string{"exit", "4"}, "", 4},
+		{ociimage.Big, []string{"sh", "-c", "stat -c %s /noise"}, "209715200", 0},
+	} {
+		archive := ociimage.Make(t, tc.kind)
+		file, err := os.Open(archive.Path)
+		ok(t, err)
+		var said strings.Builder
+		err = h.Run(t.Context(), file, &said, &said, "podman", "load", "-q")
+		ok(t, file.Close())
+		if err != nil {
+			t.Errorf("%s: podman load: %v: %s", tc.kind, err, said.String())
+			continue
+		}
+		out, err := h.Exec(t.Context(), append([]string{"podman", "run", "--rm", "--pids-limit=0", tc.kind.Reference()}, tc.args...)...)
+		code := 0
+		if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+			code = exit.ExitCode()
+		} else {
+			ok(t, err)
+		}
+		if got := strings.TrimSpace(out); got != tc.want || code != tc.wantCode {
+			t.Errorf("%s: printed %q with code %d, want %q with %d (%v)", tc.kind, got, code, tc.want, tc.wantCode, err)
+		}
+	}
+}
+
+func TestPodmanRefusesWhatIsNoImage(t *testing.T) {
+	t.Parallel()
+	// A host of its own: podman doesn't read a layer that it has already.
+	h := lab.NewHost(t, lab.HostOptions{})
+	for _, kind := range []ociimage.Kind{ociimage.NotOCI, ociimage.Corrupt} {
+		file, err := os.Open(ociimage.Make(t, kind).Path)
+		ok(t, err)
+		if err := h.Run(t.Context(), file, nil, nil, "podman", "load", "-q"); err == nil {
+			t.Errorf("podman loaded an image of kind %s", kind)
+		}
+		ok(t, file.Close())
+	}
+}
+
+func TestConfiguredImageCarriesItsConfiguration(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	file, err := os.Open(ociimage.Make(t, ociimage.Configured).Path)
+	ok(t, err)
+	ok(t, h.Run(t.Context(), file, nil, nil, "podman", "load", "-q"))
+	ok(t, file.Close())
+	onHost(t, h, "podman", "run", "-d", "--name", "configured", "--pids-limit=0", ociimage.Configured.Reference())
+	want := "user=app group=staff dir=/srv/work env=of the image args=from cmd"
+	eventually(t, func() bool { return onHost(t, h, "podman", "logs", "configured") == want })
+}
+
+// eventually waits until f is true, for 10 seconds at most.
+func eventually(t *testing.T, f func() bool) {
+	t.Helper()
+	deadline := time.After(10 * time.Second)
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for !f() {
+		select {
+		case <-deadline:
+			t.Fatal("it didn't come true within 10 s")
+		case <-tick.C:
+		}
+	}
+}
+
+func TestRebootKeepsTheDiskAndForgetsTheRest(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	onHost(t, h, "sh", "-c", "echo kept >/root/kept; echo gone >/run/gone; mkdir -p /var/lib/containers/kept; nft add table inet gone")
+	boot, key := onHost(t, h, "cat", "/proc/1/stat"), h.HostKeyLine()
+	machine := onHost(t, h, "cat", "/etc/machine-id")
+	ok(t, h.Reboot(t.Context()))
+	t.Logf("rebooted in %.2f s", h.BootTime.Seconds())
+	if onHost(t, h, "cat", "/proc/1/stat") == boot {
+		t.Error("the host didn't reboot")
+	}
+	if got := onHost(t, h, "cat", "/root/kept", "/etc/machine-id"); got != "kept\n"+machine {
+		t.Errorf("after the reboot: %q", got)
+	}
+	if got := onHost(t, h, "sh", "-c", "ls -d /run/gone /var/lib/containers/kept 2>/dev/null; nft list tables"); got != "/var/lib/containers/kept" {
+		t.Errorf("after the reboot: %q", got)
+	}
+	if h.HostKeyLine() != key {
+		t.Error("the host key changed")
+	}
+	overSSH(t, login(t, h), "true")
+}
+
+func TestShutdownEndsTheHost(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	ok(t, h.Shutdown(t.Context()))
+	if h.Running() {
+		t.Error("the host still runs")
+	}
+	if _, err := h.Exec(t.Context(), "true"); err == nil {
+		t.Error("a program ran on a host that is down")
+	}
+	ok(t, h.Reboot(t.Context()))
+	onHost(t, h, "true")
+}
+
+func TestCutOffIsSilentAndRestoreGoesOn(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	conn, err := h.Lab().Dial(t.Context(), "tcp", h.Addr.String()+":22")
+	ok(t, err)
+	defer conn.Close() //nolint:errcheck // nothing is lost
+	banner := make([]byte, 4)
+	_, err = io.ReadFull(conn, banner)
+	ok(t, err)
+	rest := make([]byte, 1024)
+	_, err = conn.Read(rest) // the rest of the banner
+	ok(t, err)
+
+	ok(t, h.CutOff(t.Context()))
+	// The write goes out without an error, and no answer comes: half-open.
+	_, err = conn.Write([]byte("SSH-2.0-lab\r\n"))
+	ok(t, err)
+	ok(t, conn.SetReadDeadline(time.Now().Add(500*time.Millisecond)))
+	if n, err := conn.Read(rest); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("read %d bytes, %v from a host that is cut off", n, err)
+	}
+	dialing, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	if _, err := h.Lab().Dial(dialing, "tcp", h.Addr.String()+":22"); err == nil {
+		t.Error("a new connection was made")
+	} else if timeout := net.Error(nil); !errors.As(err, &timeout) || !timeout.Timeout() {
+		t.Errorf("a new connection failed with %v, want silence", err)
+	}
+	if got := onHost(t, h, "echo", "alive"); got != "alive" {
+		t.Errorf("out of band: %q", got)
+	}
+
+	ok(t, h.Restore(t.Context()))
+	ok(t, conn.SetReadDeadline(time.Now().Add(30*time.Second)))
+	if _, err := conn.Read(rest); err != nil { // sshd's key exchange
+		t.Errorf("after Restore: %v", err)
+	}
+}
+
+func TestResetConnectionsIsSeenByTheClient(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	conn, err := h.Lab().Dial(t.Context(), "tcp", h.Addr.String()+":22")
+	ok(t, err)
+	defer conn.Close() //nolint:errcheck // it is broken
+	_, err = conn.Read(make([]byte, 1024))
+	ok(t, err)
+	ok(t, h.ResetConnections(t.Context()))
+	ok(t, conn.SetReadDeadline(time.Now().Add(10*time.Second)))
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("read: %v, want a reset", err)
+	}
+	overSSH(t, login(t, h), "true")
+}
+
+func TestFillDiskFailsWritesUntilFreed(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{DiskMiB: 1024})
+	write := []string{"dd", "if=/dev/zero", "of=/root/file", "bs=1M", "count=1", "conv=fsync"}
+	ok(t, h.FillDisk(t.Context()))
+	if _, err := h.Exec(t.Context(), write...); err == nil || !strings.Contains(err.Error(), "No space left") {
+		t.Errorf("a write to a full disk: %v", err)
+	}
+	overSSH(t, login(t, h), "true")
+	ok(t, h.FreeDisk(t.Context()))
+	onHost(t, h, write...)
+}
+
+func TestHostWithoutPodman(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{NoPodman: true})
+	if _, err := h.Exec(t.Context(), "podman", "version"); err == nil {
+		t.Error("podman is there")
+	}
+	left, err := h.Leftovers(t.Context())
+	ok(t, err)
+	if len(left) > 0 {
+		t.Errorf("leftovers of a fresh host: %q", left)
+	}
+}
+
+func TestLeftoversSeeEverythingThatAGrantMakes(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	none := func(when string) {
+		t.Helper()
+		left, err := h.Leftovers(t.Context(), "image ")
+		ok(t, err)
+		if len(left) > 0 {
+			t.Errorf("leftovers %s: %q", when, left)
+		}
+	}
+	none("of a fresh host")
+	file, err := os.Open(ociimage.Make(t, ociimage.Distroless).Path)
+	ok(t, err)
+	ok(t, h.Run(t.Context(), file, nil, nil, "podman", "load", "-q"))
+	ok(t, file.Close())
+	onHost(t, h, "sh", "-ec", `
+		podman network create --disable-dns --interface-name cb0123456789 --opt isolate=strict cb-x-1
+		nft 'add table inet cb_x; add set inet cb_x ifs { type ifname; counter; }; add element inet cb_x ifs { "cb0123456789" }'
+		mkdir -p /var/lib/compute-bridge/x/grants/1 /var/lib/compute-bridge/x/cache
+		touch /var/lib/compute-bridge/x/cache/.tmp-1 /var/lib/compute-bridge/x/cache/sha256-1
+		systemd-run -q --unit cb-x-1.service -p Type=notify -p NotifyAccess=all -p Delegate=yes podman run --rm --name cb-x-1 \
+			--network cb-x-1 -p 20000:80 --pids-limit=0 --cgroups=split --sdnotify=conmon localhost/distroless:latest`)
+	left, err := h.Leftovers(t.Context())
+	ok(t, err)
+	for _, want := range []string{
+		"unit cb-x-1.service", "interface cb0123456789", "container cb-x-1", "network cb-x-1", "image localhost/distroless",
+		"nft element inet cb_x ifs", "nft rule netavark", "file /var/lib/compute-bridge/x/grants/1",
+		"file /var/lib/compute-bridge/x/cache/.tmp-1", "process ",
+	} {
+		if !slices.ContainsFunc(left, func(line string) bool { return strings.HasPrefix(line, want) }) {
+			t.Errorf("not seen: %s", want)
+		}
+	}
+	if t.Failed() {
+		t.Logf("seen:\n%s", strings.Join(left, "\n"))
+	}
+	onHost(t, h, "sh", "-ec", `
+		systemctl stop cb-x-1.service; podman rm -fi cb-x-1; podman network rm cb-x-1
+		nft 'delete element inet cb_x ifs { "cb0123456789" }'; rm -r /var/lib/compute-bridge/x`)
+	none("after the clean-up")
+}
+
+func TestDestroyLeavesNothing(t *testing.T) {
+	t.Parallel()
+	l, err := lab.Open(t.Context(), lab.Options{})
+	ok(t, err)
+	h, err := l.StartHost(t.Context(), lab.HostOptions{})
+	ok(t, err)
+	if _, err := l.StartHost(t.Context(), lab.HostOptions{Name: h.Name}); err == nil {
+		t.Error("two hosts got the same name")
+	}
+	reloaded, err := lab.Load(l.Name())
+	ok(t, err)
+	same, err := reloaded.Host(h.Name)
+	ok(t, err)
+	if out, err := same.Exec(t.Context(), "echo", "same"); err != nil || out != "same\n" {
+		t.Errorf("through the reloaded lab: %q, %v", out, err)
+	}
+	ok(t, h.Destroy(t.Context()))
+	ok(t, h.Destroy(t.Context())) // idempotent
+	hosts, err := l.Hosts()
+	ok(t, err)
+	if len(hosts) > 0 {
+		t.Errorf("%d hosts after Destroy", len(hosts))
+	}
+	_, err = l.StartHost(t.Context(), lab.HostOptions{}) // Close takes it along
+	ok(t, err)
+	ok(t, l.Close(t.Context()))
+	left, err := lab.Remains(l.Name())
+	ok(t, err)
+	if len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+}
