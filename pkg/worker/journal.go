@@ -1,0 +1,170 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/backendgrpc"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	bridgev1 "github.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1"
+)
+
+// journal is a [Journal] over the ledger.
+type journal struct {
+	ledger *ledger.Ledger
+	signer *signer
+	// sequence orders interim logs; the time in microseconds grows across
+	// restarts without being stored.
+	now func() time.Time
+}
+
+var _ Journal = (*journal)(nil)
+
+// Begin implements [Journal].
+func (j *journal) Begin(ctx context.Context, id backend.GrantID, placement string, params []byte) (Attempt, error) {
+	claim, err := j.ledger.Claim(ctx, ledger.RequestID(id))
+	if err != nil {
+		return Attempt{}, ledgerError(err, "begin attempt")
+	}
+	a, _, err := j.ledger.BeginAttempt(ctx, ledger.RequestID(id), claim.ContentHash, func(uint32) (ledger.AttemptParams, error) {
+		return ledger.AttemptParams{Params: params, Placement: placement}, nil
+	})
+	if err != nil {
+		return Attempt{}, ledgerError(err, "begin attempt")
+	}
+	return attemptOf(a), nil
+}
+
+// Check implements [Journal].
+func (j *journal) Check(ctx context.Context, id backend.GrantID) error {
+	_, err := j.ledger.Closure(ctx, ledger.RequestID(id))
+	switch {
+	case err == nil:
+		return ended(id)
+	case errors.Is(err, ledger.ErrNotFound):
+		return nil
+	}
+	return ledgerError(err, "check for closure")
+}
+
+// Gone implements [Journal].
+func (j *journal) Gone(ctx context.Context, id backend.GrantID, attempt uint32) error {
+	return ledgerError(j.ledger.MarkGone(ctx, ledger.RequestID(id), attempt), "record that attempt is gone")
+}
+
+// Attempts implements [Journal].
+func (j *journal) Attempts(ctx context.Context, id backend.GrantID) ([]Attempt, error) {
+	all, err := j.ledger.Attempts(ctx, ledger.RequestID(id))
+	if err != nil {
+		return nil, ledgerError(err, "read attempts")
+	}
+	out := make([]Attempt, len(all))
+	for i, a := range all {
+		out[i] = attemptOf(a)
+	}
+	return out, nil
+}
+
+// Open implements [Journal].
+func (j *journal) Open(ctx context.Context) ([]Attempt, error) {
+	var out []Attempt
+	for a, err := range j.ledger.OpenIntents(ctx) {
+		if err != nil {
+			return nil, ledgerError(err, "read open attempts")
+		}
+		out = append(out, attemptOf(a))
+	}
+	return out, nil
+}
+
+func attemptOf(a ledger.Attempt) Attempt {
+	return Attempt{GrantID: backend.GrantID(a.RequestID), Number: a.Number, Placement: a.Placement, Params: a.Params, BeganAt: a.CreatedAt, Gone: !a.Open}
+}
+
+// SaveLog implements [Journal].
+func (j *journal) SaveLog(ctx context.Context, log backend.ComputeLog) error {
+	log.Final = false
+	sequence := uint64(max(1, j.now().UnixMicro())) //nolint:gosec // positive
+	log.Sequence = 1
+	signed, err := j.signer.sign(log)
+	if err != nil {
+		return err
+	}
+	body, err := marshalSigned(signed)
+	if err != nil {
+		return err
+	}
+	err = j.ledger.PutInterim(ctx, ledger.Log{RequestID: ledger.RequestID(log.GrantID), Sequence: sequence, Body: body, KeyID: signed.KeyID})
+	if errors.Is(err, ledger.ErrStale) {
+		return nil // a later one, or the final one, says more
+	}
+	return ledgerError(err, "save compute log")
+}
+
+// SavedLog implements [Journal].
+func (j *journal) SavedLog(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error) {
+	signed, err := readLog(ctx, j.ledger, id)
+	if err != nil || signed == nil {
+		return nil, err
+	}
+	return &signed.Log, nil
+}
+
+// readLog returns the final log of a grant, else the interim one, else nil.
+func readLog(ctx context.Context, l *ledger.Ledger, id backend.GrantID) (*backend.SignedLog, error) {
+	stored, err := l.Log(ctx, ledger.RequestID(id))
+	switch {
+	case errors.Is(err, ledger.ErrNotFound):
+		return nil, nil //nolint:nilnil // no log is an answer
+	case err != nil:
+		return nil, ledgerError(err, "read compute log")
+	}
+	return unmarshalSigned(stored.Body)
+}
+
+func marshalSigned(log *backend.SignedLog) ([]byte, error) {
+	body, err := proto.Marshal(backendgrpc.SignedLogToProto(log))
+	if err != nil {
+		return nil, backenderr.Wrap(backenderr.Internal, err, "marshal compute log")
+	}
+	return body, nil
+}
+
+func unmarshalSigned(body []byte) (*backend.SignedLog, error) {
+	var p bridgev1.SignedComputeLog
+	if err := proto.Unmarshal(body, &p); err != nil {
+		return nil, backenderr.Wrap(backenderr.LedgerUnavailable, err, "compute log in the ledger is damaged")
+	}
+	return backendgrpc.SignedLogFromProto(&p), nil
+}
+
+// ledgerError classifies an error of the ledger, nil to nil.
+func ledgerError(err error, format string, args ...any) error {
+	what := fmt.Sprintf(format, args...)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, ledger.ErrClosed):
+		return backenderr.Wrap(backenderr.GrantEnded, err, "%s", what).WithCreated(backenderr.CreatedNone)
+	case errors.Is(err, context.Canceled):
+		return backenderr.Wrap(backenderr.Cancelled, err, "%s", what)
+	case errors.Is(err, context.DeadlineExceeded):
+		return backenderr.Wrap(backenderr.DeadlineExceeded, err, "%s", what)
+	case errors.Is(err, ledger.ErrUnavailable):
+		return backenderr.Wrap(backenderr.LedgerUnavailable, err, "%s", what).WithRetryAfter(ledgerRetry)
+	}
+	return backenderr.Wrap(backenderr.Internal, err, "%s", what)
+}
+
+// ledgerRetry is when a caller may try again after the ledger failed.
+const ledgerRetry = 5 * time.Second
+
+func ended(id backend.GrantID) *backenderr.Error {
+	return backenderr.New(backenderr.GrantEnded, "grant %s has ended and never runs again", id).WithCreated(backenderr.CreatedNone)
+}
