@@ -1,0 +1,435 @@
+// Package podman speaks to a bare-metal host's podman: over its REST socket,
+// which the host's SSH connection forwards, and by the command lines that run
+// in a workload's own systemd unit, which this package renders.
+package podman
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/url"
+	"path"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
+)
+
+const (
+	// apiPrefix is the oldest version of the API that has all that is used here.
+	apiPrefix = "/v4.0.0/libpod"
+	// callTimeout bounds calls that only look, changeTimeout those that remove;
+	// podman waits for locks of its own, without a limit.
+	callTimeout   = 30 * time.Second
+	changeTimeout = 2 * time.Minute
+	// loadTimeout bounds the unpacking of an image.
+	loadTimeout = time.Hour
+	// maxReply bounds an answer: a host with thousands of images has megabytes.
+	maxReply = 64 << 20
+	// maxConns bounds the sockets to podman on one host.
+	maxConns = 8
+)
+
+// Client is a host's podman. Its methods are safe for concurrent use. Errors
+// are PROVIDER_UNAVAILABLE when the host doesn't answer and HOST_UNFIT when
+// podman refuses; *APIError is in their chain then.
+type Client struct {
+	conn *sshconn.Conn
+	http *http.Client
+}
+
+// New returns the podman of the connection's host. Its socket,
+// [sshconn.PodmanSocket], must be listened on: systemd's podman.socket does.
+func New(conn *sshconn.Conn) *Client {
+	transport := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return conn.DialUnix(ctx, sshconn.PodmanSocket)
+		},
+		MaxConnsPerHost:     maxConns,
+		MaxIdleConnsPerHost: maxConns,
+		// podman's service ends after 5 s without a call.
+		IdleConnTimeout:    4 * time.Second,
+		DisableCompression: true,
+	}
+	return &Client{conn: conn, http: &http.Client{Transport: transport}}
+}
+
+// Close closes idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+// APIError is what podman says.
+type APIError struct {
+	// Status is the HTTP status.
+	Status int
+	// Cause and Message are podman's words.
+	Cause, Message string
+}
+
+// Error returns podman's words.
+func (e *APIError) Error() string {
+	if e.Message == "" {
+		return fmt.Sprintf("podman answers %d", e.Status)
+	}
+	return fmt.Sprintf("podman answers %d: %s", e.Status, e.Message)
+}
+
+// NotFound reports whether err says that podman has no such thing.
+func NotFound(err error) bool {
+	var e *APIError
+	return errors.As(err, &e) && e.Status == http.StatusNotFound
+}
+
+// call makes one call and decodes the answer into out, unless nil.
+func (c *Client) call(ctx context.Context, timeout time.Duration, method, endpoint string, query url.Values, out any) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	target := "http://podman" + apiPrefix + endpoint
+	if len(query) > 0 {
+		target += "?" + query.Encode()
+	}
+	request, err := http.NewRequestWithContext(ctx, method, target, nil)
+	if err != nil {
+		return c.classify(err, method, endpoint)
+	}
+	reply, err := c.http.Do(request)
+	if err != nil {
+		return c.classify(err, method, endpoint)
+	}
+	defer func() { _ = reply.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(reply.Body, maxReply))
+	if err != nil {
+		return c.classify(err, method, endpoint)
+	}
+	if reply.StatusCode >= http.StatusBadRequest {
+		return c.classify(apiError(reply.StatusCode, body), method, endpoint)
+	}
+	if out == nil {
+		return nil
+	}
+	if err := json.Unmarshal(body, out); err != nil {
+		return backenderr.Wrap(backenderr.HostUnfit, err, "host %s: podman: %s %s", c.conn.Name(), method, endpoint)
+	}
+	return nil
+}
+
+func apiError(status int, body []byte) *APIError {
+	var said struct {
+		Cause, Message string
+	}
+	_ = json.Unmarshal(body, &said) // Without, the status alone has to do.
+	return &APIError{Status: status, Cause: said.Cause, Message: said.Message}
+}
+
+func (c *Client) classify(err error, method, endpoint string) error {
+	if err == nil {
+		return nil
+	}
+	var own *backenderr.Error
+	var api *APIError
+	switch {
+	case errors.As(err, &own):
+		return own
+	case errors.As(err, &api):
+		return backenderr.Wrap(backenderr.HostUnfit, err, "host %s: %s %s", c.conn.Name(), method, endpoint)
+	case errors.Is(err, context.Canceled):
+		return backenderr.Wrap(backenderr.Cancelled, err, "host %s: podman", c.conn.Name())
+	}
+	return backenderr.Wrap(backenderr.ProviderUnavailable, err, "host %s: podman: %s %s", c.conn.Name(), method, endpoint)
+}
+
+// Ping checks that podman answers.
+func (c *Client) Ping(ctx context.Context) error {
+	return c.call(ctx, callTimeout, http.MethodGet, "/_ping", nil, nil)
+}
+
+// Version returns podman's version, "5.4.2".
+func (c *Client) Version(ctx context.Context) (string, error) {
+	var v struct{ Version string }
+	err := c.call(ctx, callTimeout, http.MethodGet, "/version", nil, &v)
+	return v.Version, err
+}
+
+// Image is what a container of an image would run, and the image's name.
+type Image struct {
+	// ID is the hash of the image's configuration, in hex.
+	ID string
+	// Names are its names, "localhost/x:latest".
+	Names []string
+	// Size is in bytes.
+	Size int64
+	// Created is when it was built.
+	Created time.Time
+	// Entrypoint and Cmd are what it runs; Env are "NAME=value".
+	Entrypoint, Cmd, Env []string
+	// User and WorkingDir are as whom and where.
+	User, WorkingDir string
+	// ExposedPorts are "80/tcp".
+	ExposedPorts []string
+	// Architecture and OS are what it is for.
+	Architecture, OS string
+	// Labels are the image's own.
+	Labels map[string]string
+}
+
+// ImageExists reports whether there is an image of a name or id.
+func (c *Client) ImageExists(ctx context.Context, name string) (bool, error) {
+	err := c.call(ctx, callTimeout, http.MethodGet, "/images/"+url.PathEscape(name)+"/exists", nil, nil)
+	if NotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// InspectImage describes an image; see NotFound.
+func (c *Client) InspectImage(ctx context.Context, name string) (Image, error) {
+	var reply struct {
+		ID           string `json:"Id"`
+		RepoTags     []string
+		Size         int64
+		Created      time.Time
+		Architecture string
+		Os           string
+		Labels       map[string]string
+		Config       struct {
+			User         string
+			ExposedPorts map[string]struct{}
+			Env          []string
+			Entrypoint   []string
+			Cmd          []string
+			WorkingDir   string
+		}
+	}
+	if err := c.call(ctx, callTimeout, http.MethodGet, "/images/"+url.PathEscape(name)+"/json", nil, &reply); err != nil {
+		return Image{}, err
+	}
+	return Image{
+		ID: reply.ID, Names: reply.RepoTags, Size: reply.Size, Created: reply.Created,
+		Entrypoint: reply.Config.Entrypoint, Cmd: reply.Config.Cmd, Env: reply.Config.Env,
+		User: reply.Config.User, WorkingDir: reply.Config.WorkingDir, ExposedPorts: slices.Sorted(maps.Keys(reply.Config.ExposedPorts)),
+		Architecture: reply.Architecture, OS: reply.Os, Labels: reply.Labels,
+	}, nil
+}
+
+// ListedImage is an image as ListImages shows it.
+type ListedImage struct {
+	ID         string            `json:"Id"`
+	Names      []string          `json:"Names"`
+	Size       int64             `json:"Size"`
+	Created    int64             `json:"Created"` // Seconds since 1970.
+	Labels     map[string]string `json:"Labels"`
+	Containers int               `json:"Containers"` // How many use it.
+}
+
+// ListImages returns the images whose name matches a reference pattern
+// ("localhost/compute-bridge/*"), or all for "".
+func (c *Client) ListImages(ctx context.Context, reference string) ([]ListedImage, error) {
+	query := url.Values{}
+	if reference != "" {
+		query = filters("reference", reference)
+	}
+	var images []ListedImage
+	err := c.call(ctx, callTimeout, http.MethodGet, "/images/json", query, &images)
+	return images, err
+}
+
+// RemoveImage removes a name, and the image with its last name. One that isn't
+// there is fine; one in use is an error unless force is set, which removes its
+// containers too.
+func (c *Client) RemoveImage(ctx context.Context, name string, force bool) error {
+	query := url.Values{"force": {strconv.FormatBool(force)}}
+	err := c.call(ctx, changeTimeout, http.MethodDelete, "/images/"+url.PathEscape(name), query, nil)
+	if NotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// TagImage gives an image one more name, repo:tag.
+func (c *Client) TagImage(ctx context.Context, name, repo, tag string) error {
+	query := url.Values{"repo": {repo}, "tag": {tag}}
+	return c.call(ctx, callTimeout, http.MethodPost, "/images/"+url.PathEscape(name)+"/tag", query, nil)
+}
+
+// ErrNotAnImage says that an archive is no image that podman understands.
+var ErrNotAnImage = errors.New("archive is not an OCI or Docker image")
+
+// loadedLine is what `podman load` prints for each image.
+var loadedLine = regexp.MustCompile(`^Loaded image(?:\(s\))?: (.+)$`)
+
+// LoadImage unpacks an image archive that is on the host (OCI or Docker, plain
+// or compressed) and returns the names, or for a nameless image the id
+// ("sha256:…"), of what was in it. An archive that is no image is
+// ErrNotAnImage in the chain of IMAGE_INVALID.
+func (c *Client) LoadImage(ctx context.Context, file string) ([]string, error) {
+	if !path.IsAbs(file) {
+		return nil, backenderr.New(backenderr.Internal, "image archive %q: not an absolute path", file)
+	}
+	result, err := c.conn.Run(ctx, sshconn.Command{Args: []string{"env", "LC_ALL=C", "podman", "load", "--quiet", "--input=" + file}, Timeout: loadTimeout})
+	if err != nil {
+		return nil, err
+	}
+	if err := result.Err("podman load"); err != nil {
+		stderr := string(result.Stderr)
+		switch {
+		case strings.Contains(stderr, "no space left"):
+			return nil, backenderr.Wrap(backenderr.HostUnfit, err, "host %s: disk is full", c.conn.Name())
+		case strings.Contains(stderr, "payload does not match any of the supported image formats"), strings.Contains(stderr, "no such file or directory") && !strings.Contains(stderr, "stat "+file):
+			return nil, backenderr.Wrap(backenderr.ImageInvalid, errors.Join(ErrNotAnImage, err), "host %s", c.conn.Name())
+		}
+		return nil, backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
+	}
+	names := parseLoaded(string(result.Stdout))
+	if len(names) == 0 {
+		return nil, backenderr.Wrap(backenderr.ImageInvalid, ErrNotAnImage, "host %s: podman load: no image in %s", c.conn.Name(), file)
+	}
+	return names, nil
+}
+
+// parseLoaded reads the output of `podman load`.
+func parseLoaded(output string) []string {
+	var names []string
+	for line := range strings.Lines(output) {
+		match := loadedLine.FindStringSubmatch(strings.TrimSpace(line))
+		if match == nil {
+			continue
+		}
+		for name := range strings.SplitSeq(match[1], ",") {
+			if name = strings.TrimSpace(name); name != "" {
+				names = append(names, name)
+			}
+		}
+	}
+	return names
+}
+
+// ListedContainer is a container as ListContainers shows it.
+type ListedContainer struct {
+	ID       string            `json:"Id"`
+	Names    []string          `json:"Names"`
+	ImageID  string            `json:"ImageID"`
+	State    string            `json:"State"`
+	Labels   map[string]string `json:"Labels"`
+	ExitCode int               `json:"ExitCode"`
+	Networks []string          `json:"Networks"`
+}
+
+// ListContainers returns the containers with a label, running or not. Label is
+// "name" or "name=value".
+func (c *Client) ListContainers(ctx context.Context, label string) ([]ListedContainer, error) {
+	query := filters("label", label)
+	query.Set("all", "true")
+	var containers []ListedContainer
+	err := c.call(ctx, callTimeout, http.MethodGet, "/containers/json", query, &containers)
+	return containers, err
+}
+
+// Container is what is known about a container.
+type Container struct {
+	ID      string
+	Name    string
+	ImageID string
+	Labels  map[string]string
+	// State is "created", "running", "exited", ….
+	State string
+	// ExitCode is that of the main process, once it has ended.
+	ExitCode int
+	// OOMKilled is whether the kernel ended it for want of memory.
+	OOMKilled bool
+	// Started and Finished are zero if it never did.
+	Started, Finished time.Time
+	// PID is that of the main process, 0 if it doesn't run.
+	PID int
+	// Error is why it could not be started.
+	Error string
+}
+
+// InspectContainer describes a container; see NotFound.
+func (c *Client) InspectContainer(ctx context.Context, name string) (Container, error) {
+	var reply struct {
+		ID    string `json:"Id"`
+		Name  string
+		Image string
+		State struct {
+			Status     string
+			ExitCode   int
+			OOMKilled  bool
+			StartedAt  time.Time
+			FinishedAt time.Time
+			Pid        int
+			Error      string
+		}
+		Config struct{ Labels map[string]string }
+	}
+	if err := c.call(ctx, callTimeout, http.MethodGet, "/containers/"+url.PathEscape(name)+"/json", nil, &reply); err != nil {
+		return Container{}, err
+	}
+	return Container{
+		ID: reply.ID, Name: reply.Name, ImageID: reply.Image, Labels: reply.Config.Labels, State: reply.State.Status,
+		ExitCode: reply.State.ExitCode, OOMKilled: reply.State.OOMKilled, Started: known(reply.State.StartedAt), Finished: known(reply.State.FinishedAt),
+		PID: reply.State.Pid, Error: reply.State.Error,
+	}, nil
+}
+
+// known turns podman's "never" (year 1, or the epoch) into the zero time.
+func known(t time.Time) time.Time {
+	if t.Year() <= 1970 {
+		return time.Time{}
+	}
+	return t
+}
+
+// RemoveContainer kills and removes a container with its anonymous volumes. One
+// that isn't there is fine.
+func (c *Client) RemoveContainer(ctx context.Context, name string) error {
+	query := url.Values{"force": {"true"}, "ignore": {"true"}, "v": {"true"}, "timeout": {"0"}}
+	err := c.call(ctx, changeTimeout, http.MethodDelete, "/containers/"+url.PathEscape(name), query, nil)
+	if NotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// Network is a podman network.
+type Network struct {
+	Name string `json:"name"`
+	ID   string `json:"id"`
+	// Interface is the bridge's name on the host.
+	Interface string            `json:"network_interface"`
+	Labels    map[string]string `json:"labels"`
+	Subnets   []struct {
+		Subnet  string `json:"subnet"`
+		Gateway string `json:"gateway"`
+	} `json:"subnets"`
+}
+
+// ListNetworks returns the networks with a label, "name" or "name=value".
+func (c *Client) ListNetworks(ctx context.Context, label string) ([]Network, error) {
+	var networks []Network
+	err := c.call(ctx, callTimeout, http.MethodGet, "/networks/json", filters("label", label), &networks)
+	return networks, err
+}
+
+// RemoveNetwork removes a network and the containers on it. One that isn't
+// there is fine.
+func (c *Client) RemoveNetwork(ctx context.Context, name string) error {
+	err := c.call(ctx, changeTimeout, http.MethodDelete, "/networks/"+url.PathEscape(name), url.Values{"force": {"true"}}, nil)
+	if NotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// filters renders podman's filter parameter.
+func filters(key, value string) url.Values {
+	encoded, _ := json.Marshal(map[string][]string{key: {value}}) // Strings always can.
+	return url.Values{"filters": {string(encoded)}}
+}
