@@ -1,0 +1,343 @@
+package fleet_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/services/router/internal/fleet"
+)
+
+// world counts what exists of each grant over all backends.
+type world struct {
+	mu      sync.Mutex
+	running map[backend.GrantID]int
+	atOnce  map[backend.GrantID]int
+}
+
+func newWorld() *world {
+	return &world{running: map[backend.GrantID]int{}, atOnce: map[backend.GrantID]int{}}
+}
+
+func (w *world) add(id backend.GrantID, n int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.running[id] += n
+	w.atOnce[id] = max(w.atOnce[id], w.running[id])
+}
+
+// outcome is how one Provision goes.
+type outcome struct {
+	err error
+	// made leaves an instance behind, whatever err says.
+	made bool
+	// wait, if set, holds the call until it is closed.
+	wait <-chan struct{}
+}
+
+// fake is a backend that holds state and fails as it is told.
+type fake struct {
+	name  string
+	world *world
+
+	mu       sync.Mutex
+	calls    []string
+	no       string // why CanSatisfy says no
+	satisfy  func(ctx context.Context) (backend.Satisfaction, error)
+	script   []outcome
+	always   *outcome
+	endErr   error
+	ending   int // how often Terminate answers TERMINATING
+	held     map[backend.GrantID]bool
+	ended    map[backend.GrantID]bool
+	observed fleet.Observation
+	callers  []backend.Caller
+	event    []backend.Event
+	watchErr error
+}
+
+func newFake(w *world, name string) *fake {
+	return &fake{
+		name: name, world: w, held: map[backend.GrantID]bool{}, ended: map[backend.GrantID]bool{},
+		observed: fleet.Observation{
+			LastSeen: time.Unix(1, 0),
+			Capabilities: backend.Capabilities{Backend: name, Regions: []backend.RegionCapabilities{{
+				Region: "here", Isolation: []backend.Isolation{backend.IsolationContainer}, Enforcement: backend.EnforcedByPlatform,
+				Total: backend.Shape{CPU: 4000}, Free: backend.Shape{CPU: 2000}, LargestSingle: backend.Shape{CPU: 1000}, LargestFree: backend.Shape{CPU: 1000},
+			}}},
+		},
+	}
+}
+
+func (f *fake) note(ctx context.Context, call string) {
+	f.calls = append(f.calls, call)
+	f.callers = append(f.callers, backend.CallerFrom(ctx))
+}
+
+func (f *fake) did(call string) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	n := 0
+	for _, c := range f.calls {
+		if c == call {
+			n++
+		}
+	}
+	return n
+}
+
+func (f *fake) set(change func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	change()
+}
+
+func (f *fake) Name(context.Context) (string, error) { return f.name, nil }
+
+func (f *fake) Capabilities(context.Context) (backend.Capabilities, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.observed.Capabilities, nil
+}
+
+func (f *fake) CanSatisfy(ctx context.Context, _ backend.Grant) (backend.Satisfaction, error) {
+	f.mu.Lock()
+	f.note(ctx, "CanSatisfy")
+	satisfy, no := f.satisfy, f.no
+	f.mu.Unlock()
+	if satisfy != nil {
+		return satisfy(ctx)
+	}
+	return backend.Satisfaction{Satisfiable: no == "", Reason: no}, nil
+}
+
+func (f *fake) Provision(ctx context.Context, grant backend.Grant, _ backend.Envelope) (backend.Provisioned, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.note(ctx, "Provision")
+	var o outcome
+	switch {
+	case len(f.script) > 0:
+		o, f.script = f.script[0], f.script[1:]
+	case f.always != nil:
+		o = *f.always
+	}
+	if o.wait != nil {
+		f.mu.Unlock()
+		select {
+		case <-o.wait:
+		case <-ctx.Done():
+			o = outcome{err: ctx.Err()}
+		}
+		f.mu.Lock()
+	}
+	if f.ended[grant.ID] {
+		return backend.Provisioned{}, backenderr.New(backenderr.GrantEnded, "ended here").WithCreated(backenderr.CreatedNone)
+	}
+	if (o.err == nil || o.made) && !f.held[grant.ID] {
+		f.held[grant.ID] = true
+		f.world.add(grant.ID, 1)
+	}
+	if o.err != nil {
+		return backend.Provisioned{}, o.err
+	}
+	return backend.Provisioned{Instance: backend.Instance{
+		Handle: backend.HandleFor(grant.ID), GrantID: grant.ID, Backend: f.name, State: backend.StateReady,
+	}, Receipt: backend.Receipt{Host: f.name, GrantID: grant.ID}}, nil
+}
+
+func (f *fake) WatchUntilExit(ctx context.Context, handle backend.Handle, emit func(backend.Event) error) error {
+	f.mu.Lock()
+	f.note(ctx, "Watch "+string(handle))
+	events, err := slices.Clone(f.event), f.watchErr
+	f.mu.Unlock()
+	for _, e := range events {
+		if err := emit(e); err != nil {
+			return err
+		}
+	}
+	return err
+}
+
+func (f *fake) Terminate(ctx context.Context, handle backend.Handle) (backend.Termination, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.note(ctx, "Terminate "+string(handle))
+	id, err := handle.GrantID()
+	if err != nil {
+		return backend.Termination{}, err
+	}
+	if f.endErr != nil {
+		return backend.Termination{}, f.endErr
+	}
+	f.ended[id] = true
+	if f.ending > 0 {
+		f.ending--
+		return backend.Termination{State: backend.StateTerminating}, nil
+	}
+	if f.held[id] {
+		f.held[id] = false
+		f.world.add(id, -1)
+	}
+	return backend.Termination{State: backend.StateTerminated, Log: &backend.SignedLog{KeyID: f.name}}, nil
+}
+
+func (f *fake) member() fleet.Member {
+	return fleet.Member{Name: f.name, Backend: f, AnswerTimeout: 2 * time.Second, Observe: func() fleet.Observation {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		return f.observed
+	}}
+}
+
+// memory is a claim store in memory.
+type memory struct {
+	mu     sync.Mutex
+	claims map[backend.GrantID]fleet.Claim
+	closed map[backend.GrantID]bool
+	fail   error
+	// beforeMove, if set, runs before each Move, without the lock.
+	beforeMove func()
+}
+
+func newMemory() *memory {
+	return &memory{claims: map[backend.GrantID]fleet.Claim{}, closed: map[backend.GrantID]bool{}}
+}
+
+func (m *memory) read(id backend.GrantID) fleet.Claim {
+	c := m.claims[id]
+	c.GrantID, c.Closed = id, m.closed[id]
+	return c
+}
+
+func (m *memory) Get(_ context.Context, id backend.GrantID) (fleet.Claim, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.read(id), m.fail
+}
+
+func (m *memory) Put(_ context.Context, c fleet.Claim) (fleet.Claim, bool, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.fail != nil {
+		return fleet.Claim{}, false, m.fail
+	}
+	if m.claims[c.GrantID].Backend != "" {
+		return m.read(c.GrantID), false, nil
+	}
+	m.claims[c.GrantID] = c
+	return m.read(c.GrantID), true, nil
+}
+
+func (m *memory) Move(_ context.Context, id backend.GrantID, from, to string) (fleet.Claim, error) {
+	if m.beforeMove != nil {
+		m.beforeMove()
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.fail != nil {
+		return fleet.Claim{}, m.fail
+	}
+	if c := m.claims[id]; c.Backend == from && !m.closed[id] {
+		c.Backend = to
+		m.claims[id] = c
+	}
+	return m.read(id), nil
+}
+
+func (m *memory) Close(_ context.Context, id backend.GrantID, _ string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.fail == nil {
+		m.closed[id] = true
+	}
+	return m.fail
+}
+
+func (m *memory) backend(id backend.GrantID) string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.claims[id].Backend
+}
+
+// bridge is a fleet over fakes with what they share.
+type bridge struct {
+	*fleet.Fleet
+	world  *world
+	claims *memory
+	fakes  []*fake
+}
+
+// newBridge makes a fleet over fakes with the names.
+func newBridge(t *testing.T, names ...string) *bridge {
+	t.Helper()
+	b := &bridge{world: newWorld(), claims: newMemory()}
+	for _, name := range names {
+		b.fakes = append(b.fakes, newFake(b.world, name))
+	}
+	b.Fleet = b.router(t, false)
+	return b
+}
+
+// router makes one more fleet over the same fakes and claims.
+func (b *bridge) router(t *testing.T, strict bool) *fleet.Fleet {
+	t.Helper()
+	c := fleet.Config{Name: "bridge", Claims: b.claims, StrictFirstMatch: strict, Log: slog.New(slog.DiscardHandler)}
+	for _, f := range b.fakes {
+		c.Members = append(c.Members, f.member())
+	}
+	made, err := fleet.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made
+}
+
+func grantOf(n byte) (backend.Grant, backend.Envelope) {
+	g := backend.Grant{
+		ID: backend.GrantID{n}, PostHash: [32]byte{7}, Shape: backend.Shape{CPU: 1000, RAM: 512, Storage: 1},
+		MinIsolation: backend.IsolationContainer, ValidTo: time.Unix(2_000_000_000, 0),
+		Image: backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256}, Kind: backend.ImageOCIArchive},
+	}
+	return g, backend.Envelope{PostHash: [32]byte{7}, SSHPublicKey: "ssh-ed25519 AAAA"}
+}
+
+// as returns a context of a client.
+func as(ctx context.Context, identity string) context.Context {
+	return backend.WithCaller(ctx, backend.Caller{Identity: identity, Role: backend.RoleClient})
+}
+
+func fails(reason backenderr.Reason, created backenderr.Created) outcome {
+	return outcome{err: backenderr.New(reason, "scripted").WithCreated(created)}
+}
+
+// transport is an error that isn't the bridge's.
+var errTransport = errors.New("connection reset by peer")
+
+func wantReason(t *testing.T, err error, reason backenderr.Reason, created backenderr.Created) {
+	t.Helper()
+	if got := backenderr.ReasonOf(err); got != reason {
+		t.Fatalf("error %v has reason %q, want %q", err, got, reason)
+	}
+	if got := backenderr.CreatedOf(err); got != created {
+		t.Fatalf("error %v says created=%s, want %s", err, got, created)
+	}
+}
+
+func wantOn(t *testing.T, p backend.Provisioned, err error, name string) {
+	t.Helper()
+	if err != nil {
+		t.Fatalf("Provision: %v", err)
+	}
+	want := backend.Handle(fmt.Sprintf("%s/%s", name, p.Instance.GrantID))
+	if p.Instance.Handle != want {
+		t.Fatalf("handle is %q, want %q", p.Instance.Handle, want)
+	}
+}

@@ -1,0 +1,488 @@
+// Package fleet is the heart of the router: an ordered list of backends that is
+// a backend itself.
+//
+// A grant goes to the first member, in the operator's order, that satisfies it.
+// Before the first Provision the fleet claims the grant for that member, put if
+// absent, in a store that all routers of the same grants share; whatever is
+// stored holds, so that two routers, or one that was restarted in the middle,
+// never give a grant to two members. The claim moves on by compare-and-swap and
+// only when it is certain that nothing of the grant is left at the member that
+// had it: the member said created=none, or Terminate there has confirmed it. A
+// member that has the claim and can't be reached means that the caller has to
+// wait, never that another member is tried.
+//
+// A fleet may be the member of another one. Every fleet that can choose between
+// members keeps claims, nested ones too: the claim of the outer one names the
+// inner fleet as a whole, and only the inner one knows which of its own members
+// an answer was lost from.
+//
+// It knows nothing of gRPC, so that tests run it over fakes.
+package fleet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+)
+
+// Member is one backend of a fleet.
+type Member struct {
+	// Name is the first part of the handles of what runs there.
+	Name string
+	// Backend itself. Its methods must return when their context ends.
+	Backend backend.Backend
+	// AnswerTimeout is how long the fleet waits for its CanSatisfy before it
+	// skips the member for a new grant.
+	AnswerTimeout time.Duration
+	// Observe returns what was last seen of the member. It doesn't block.
+	Observe func() Observation
+}
+
+// Observation is what is known of a member without asking it now.
+type Observation struct {
+	// Capabilities that it last declared, if LastSeen says that it ever did.
+	Capabilities backend.Capabilities
+	// Backends are the names of the members of a member that is a router
+	// itself, in order; nil otherwise.
+	Backends []string
+	// LastSeen is when it last answered, zero if never.
+	LastSeen time.Time
+	// LastError says why it doesn't answer now, "" while it does.
+	LastError string
+}
+
+// Config describes a fleet.
+type Config struct {
+	// Name of the fleet as a backend.
+	Name string
+	// Members in the operator's order of preference.
+	Members []Member
+	// Claims of this fleet.
+	Claims Claims
+	// StrictFirstMatch answers with the error of the first member that
+	// satisfies a grant, instead of trying the next one.
+	StrictFirstMatch bool
+	Log              *slog.Logger
+}
+
+// Fleet is an ordered list of backends that is one backend. It is safe for
+// concurrent use.
+type Fleet struct {
+	name        string
+	members     []*Member
+	byName      map[string]*Member
+	claims      Claims
+	fallThrough bool
+	log         *slog.Logger
+
+	mu       sync.Mutex // protects fields below
+	full     map[string][]shortage
+	degraded map[string]string
+}
+
+// shortage is what a member could not give.
+type shortage struct {
+	region    backend.Region
+	isolation backend.Isolation
+	shape     backend.Shape
+	until     time.Time
+}
+
+var _ backend.Backend = (*Fleet)(nil)
+
+// New returns a fleet. It fails if there is no member, or two of one name.
+func New(c Config) (*Fleet, error) {
+	f := &Fleet{
+		name: c.Name, byName: map[string]*Member{}, claims: c.Claims, fallThrough: !c.StrictFirstMatch, log: c.Log,
+		full: map[string][]shortage{}, degraded: map[string]string{},
+	}
+	if len(c.Members) == 0 {
+		return nil, errors.New("a fleet needs at least one backend")
+	}
+	for _, m := range c.Members {
+		if f.byName[m.Name] != nil {
+			return nil, fmt.Errorf("two backends are called %q", m.Name)
+		}
+		f.members = append(f.members, &m)
+		f.byName[m.Name] = &m
+	}
+	return f, nil
+}
+
+// Name implements [backend.Backend].
+func (f *Fleet) Name(context.Context) (string, error) { return f.name, nil }
+
+// CanSatisfy implements [backend.Backend]: yes, if any member says yes.
+func (f *Fleet) CanSatisfy(ctx context.Context, grant backend.Grant) (backend.Satisfaction, error) {
+	if err := checkHops(ctx); err != nil {
+		return backend.Satisfaction{}, err
+	}
+	s := f.search(grant)
+	defer s.stop()
+	s.ask(ctx)
+	for i, m := range f.members {
+		switch a := s.answers[i](); {
+		case a.Satisfiable && a.err == nil:
+			return backend.Satisfaction{Satisfiable: true}, nil
+		case backenderr.Is(a.err, backenderr.GrantInvalid):
+			return backend.Satisfaction{}, m.fails(a.err).WithCreated(backenderr.CreatedNone)
+		case a.err != nil:
+			s.refuse(m, a.err)
+		default:
+			s.refuse(m, backenderr.New(backenderr.GrantNotSatisfiable, "%s", a.Reason))
+		}
+	}
+	err := s.failure()
+	if backenderr.Is(err, backenderr.GrantNotSatisfiable) {
+		return backend.Satisfaction{Reason: err.Error()}, nil
+	}
+	return backend.Satisfaction{}, err
+}
+
+// Provision implements [backend.Backend].
+func (f *Fleet) Provision(ctx context.Context, grant backend.Grant, envelope backend.Envelope) (backend.Provisioned, error) {
+	if err := checkHops(ctx); err != nil {
+		return backend.Provisioned{}, err
+	}
+	if grant.PostHash != envelope.PostHash {
+		return backend.Provisioned{}, backenderr.New(backenderr.ImageMismatch, "grant and envelope name different images (post_hash)").
+			WithCreated(backenderr.CreatedNone)
+	}
+	search := f.search(grant.WithRegionHint(envelope.RegionHint))
+	defer search.stop()
+	want := Claim{
+		GrantID: grant.ID, Owner: backend.CallerFrom(ctx).Identity,
+		Content: Content(grant, envelope), ValidTo: grant.ValidTo,
+	}
+	claim, inherited, err := f.claim(ctx, want, search)
+	if err != nil {
+		return backend.Provisioned{}, err
+	}
+	// Other routers may move the claim while this one works, each time for a
+	// reason. More often than this, somebody moves it in circles.
+	for range 2*len(f.members) + 1 {
+		if err := permits(ctx, claim, want); err != nil {
+			return backend.Provisioned{}, err
+		}
+		m, ok := f.byName[claim.Backend]
+		if !ok {
+			return backend.Provisioned{}, notConfigured(claim)
+		}
+		search.passed[m.Name] = true
+		provisioned, err := f.attempt(ctx, m, grant, envelope)
+		if err == nil {
+			if claim, err = f.settle(ctx, m, claim); err != nil || claim.Backend == m.Name && !claim.Closed {
+				return provisioned, err
+			}
+			continue
+		}
+		if claim, err = f.moveOn(ctx, m, claim, err, inherited, search); err != nil {
+			return backend.Provisioned{}, err
+		}
+	}
+	return backend.Provisioned{}, backenderr.New(backenderr.OperationInProgress, "other routers keep moving the grant").WithRetryAfter(time.Second)
+}
+
+// claim returns the grant's claim: the one that is stored, or else a new one
+// for the first member that satisfies it. inherited is the member that had it
+// before this call, "" if none had.
+func (f *Fleet) claim(ctx context.Context, want Claim, search *search) (claim Claim, inherited string, err error) {
+	claim, err = f.claims.Get(ctx, want.GrantID)
+	if err != nil {
+		return Claim{}, "", ledgerError(err)
+	}
+	if claim.Backend != "" || claim.Closed {
+		return claim, claim.Backend, nil
+	}
+	first, err := search.next(ctx)
+	if err != nil {
+		return Claim{}, "", err
+	}
+	if first == nil {
+		return Claim{}, "", search.failure()
+	}
+	want.Backend = first.Name
+	claim, created, err := f.claims.Put(ctx, want)
+	switch {
+	case err != nil:
+		return Claim{}, "", ledgerError(err)
+	case !created:
+		// Another router, or another call, was faster. Whatever it chose holds.
+		delete(search.passed, first.Name)
+		return claim, claim.Backend, nil
+	}
+	f.log.InfoContext(ctx, "Claimed grant", "grant_id", want.GrantID.String(), "backend", first.Name)
+	return claim, "", nil
+}
+
+// permits checks that the caller may provision under the claim.
+func permits(ctx context.Context, claim, want Claim) error {
+	switch {
+	case claim.Backend != "" && !mine(ctx, claim):
+		return backenderr.New(backenderr.GrantConflict, "the request id is taken by another client").WithCreated(backenderr.CreatedNone)
+	case claim.Backend != "" && claim.Content != want.Content:
+		return backenderr.New(backenderr.GrantConflict, "the request id is taken by a grant of other content").WithCreated(backenderr.CreatedNone)
+	case claim.Closed:
+		return backenderr.New(backenderr.GrantEnded, "the grant was ended").WithCreated(backenderr.CreatedNone)
+	}
+	return nil
+}
+
+// attempt provisions at one member. While the outcome is in doubt it asks the
+// same member again, a bounded number of times: Provision is idempotent.
+func (f *Fleet) attempt(ctx context.Context, m *Member, grant backend.Grant, envelope backend.Envelope) (backend.Provisioned, error) {
+	for n := 1; ; n++ {
+		provisioned, err := m.Backend.Provision(ctx, grant, envelope)
+		if err == nil {
+			provisioned.Instance.Handle = provisioned.Instance.Handle.Via(m.Name)
+			f.remember(m, grant.WithRegionHint(envelope.RegionHint), nil)
+			return provisioned, nil
+		}
+		if ctx.Err() != nil || n >= attempts(err) {
+			f.remember(m, grant.WithRegionHint(envelope.RegionHint), err)
+			return backend.Provisioned{}, err
+		}
+		f.log.WarnContext(ctx, "Provision failed, asking the same backend again", "grant_id", grant.ID.String(), "backend", m.Name,
+			"reason", string(backenderr.ReasonOf(err)), "attempt", n, "error", err)
+		timer := time.NewTimer(pause(n, err))
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return backend.Provisioned{}, err
+		}
+	}
+}
+
+// settle looks, after the success of a Provision, whether the member still has
+// the claim. If a router has moved it, or somebody has ended the grant, in the
+// moment between our reading of the claim and the member's receiving our call,
+// what was made is ended at once.
+func (f *Fleet) settle(ctx context.Context, m *Member, was Claim) (Claim, error) {
+	now, err := f.claims.Get(ctx, was.GrantID)
+	if err != nil {
+		return Claim{}, ledgerError(err)
+	}
+	if now.Backend == m.Name && !now.Closed {
+		return now, nil
+	}
+	f.log.WarnContext(ctx, "Claim moved during Provision, ending what was made", "grant_id", was.GrantID.String(), "backend", m.Name, "now", now.Backend)
+	if err := f.end(ctx, m, was.GrantID); err != nil {
+		return Claim{}, m.fails(err).WithCreated(backenderr.CreatedUnknown)
+	}
+	return now, nil
+}
+
+// moveOn decides by the error table what follows from a member's failure. It
+// returns the claim as it is after it was given to the next member, or the
+// error for the caller.
+func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure error, inherited string, search *search) (Claim, error) {
+	rule, created := ruleFor(failure), backenderr.CreatedOf(failure)
+	movable := rule.then == next || rule.then == again || f.gaveUp(m, failure, inherited)
+	// A claim of an earlier call may stand for an instance that runs well while
+	// its backend is in trouble: only the backend itself may say that there is
+	// none.
+	if !movable || !f.fallThrough || ctx.Err() != nil || (created == backenderr.CreatedUnknown && inherited != "") {
+		return Claim{}, m.fails(failure)
+	}
+	search.refuse(m, failure)
+	to, err := search.next(ctx)
+	switch {
+	case err != nil:
+		return Claim{}, m.fails(failure)
+	case to == nil && created == backenderr.CreatedUnknown:
+		return Claim{}, m.fails(failure)
+	case to == nil:
+		return Claim{}, search.failure()
+	}
+	if created == backenderr.CreatedUnknown {
+		if err := f.end(ctx, m, claim.GrantID); err != nil {
+			f.log.WarnContext(ctx, "Could not confirm the end of an unclear attempt", "grant_id", claim.GrantID.String(), "backend", m.Name, "error", err)
+			return Claim{}, m.fails(failure)
+		}
+	}
+	moved, err := f.claims.Move(ctx, claim.GrantID, m.Name, to.Name)
+	if err != nil {
+		return Claim{}, ledgerError(err)
+	}
+	if moved.Backend != to.Name {
+		delete(search.passed, to.Name)
+	}
+	f.log.InfoContext(ctx, "Moved grant", "grant_id", claim.GrantID.String(), "from", m.Name, "backend", moved.Backend, "reason", string(backenderr.ReasonOf(failure)))
+	return moved, nil
+}
+
+// gaveUp reports whether GRANT_ENDED only means that a router has ended an
+// unclear attempt at this member in an earlier call, and moved on. That can
+// only be where the claim was not when this call began.
+func (f *Fleet) gaveUp(m *Member, err error, inherited string) bool {
+	return backenderr.Is(err, backenderr.GrantEnded) && inherited != "" && inherited != m.Name
+}
+
+// end terminates the grant at one member and returns nil only when the member
+// has confirmed that nothing of it is left there.
+func (f *Fleet) end(ctx context.Context, m *Member, id backend.GrantID) error {
+	ctx, cancel := context.WithTimeout(ctx, endWithin)
+	defer cancel()
+	for {
+		t, err := m.Backend.Terminate(ctx, backend.HandleFor(id))
+		if err != nil {
+			return err
+		}
+		if t.State == backend.StateTerminated {
+			return nil
+		}
+		timer := time.NewTimer(firstPause)
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return fmt.Errorf("terminate: %w", ctx.Err())
+		}
+	}
+}
+
+// WatchUntilExit implements [backend.Backend]: at the member that the handle
+// names, or, without a name, that has the claim.
+func (f *Fleet) WatchUntilExit(ctx context.Context, handle backend.Handle, emit func(backend.Event) error) error {
+	if err := checkHops(ctx); err != nil {
+		return err
+	}
+	id, err := handle.GrantID()
+	if err != nil {
+		return badHandle(err)
+	}
+	name, rest, ok := handle.Split()
+	if !ok {
+		claim, err := f.claims.Get(ctx, id)
+		if err != nil {
+			return ledgerError(err)
+		}
+		name, rest = claim.Backend, handle
+	}
+	m, ok := f.byName[name]
+	if !ok {
+		return noSuchBackend(handle)
+	}
+	var emitted error
+	err = m.Backend.WatchUntilExit(ctx, rest, func(e backend.Event) error {
+		if e.Instance != nil {
+			instance := *e.Instance
+			instance.Handle = instance.Handle.Via(m.Name)
+			e.Instance = &instance
+		}
+		emitted = emit(e)
+		return emitted
+	})
+	switch {
+	case err == nil:
+		return nil
+	case emitted != nil:
+		return emitted
+	}
+	return m.fails(err)
+}
+
+// Terminate implements [backend.Backend]: at the member that the handle names,
+// and at the one that has the claim if that is another. Without a name or a
+// claim nobody knows, and it is ended everywhere.
+func (f *Fleet) Terminate(ctx context.Context, handle backend.Handle) (backend.Termination, error) {
+	if err := checkHops(ctx); err != nil {
+		return backend.Termination{}, err
+	}
+	id, err := handle.GrantID()
+	if err != nil {
+		return backend.Termination{}, badHandle(err)
+	}
+	name, rest, named := handle.Split()
+	if named && f.byName[name] == nil {
+		return backend.Termination{}, noSuchBackend(handle)
+	}
+	// First the closure, so that no Provision of ours starts it again. A ledger
+	// that can't be reached keeps nothing from ending: the worker closes the
+	// grant, too, and checks the owner, too.
+	claim, ledgerErr := f.claims.Get(ctx, id)
+	if ledgerErr == nil && claim.Backend != "" && !mine(ctx, claim) {
+		return backend.Termination{}, backenderr.New(backenderr.CallerDenied, "the grant belongs to another client").WithCreated(backenderr.CreatedNone)
+	}
+	if ledgerErr == nil {
+		ledgerErr = f.claims.Close(ctx, id, backend.CallerFrom(ctx).Identity)
+	}
+	if ledgerErr != nil {
+		f.log.WarnContext(ctx, "Could not record the end of a grant, ending it all the same", "grant_id", id.String(), "error", ledgerErr)
+	}
+	var result backend.Termination
+	for _, m := range f.members {
+		at := backend.HandleFor(id)
+		switch {
+		case named && m.Name == name:
+			at = rest
+		case m.Name == claim.Backend:
+		case named || claim.Backend != "":
+			continue
+		}
+		t, err := m.Backend.Terminate(ctx, at)
+		if err != nil {
+			return backend.Termination{}, m.fails(err)
+		}
+		if t.State == backend.StateTerminated {
+			f.freed(m)
+		}
+		// Terminated only when all are.
+		if result.State == 0 || t.State == backend.StateTerminating {
+			result.State = t.State
+		}
+		if t.Log != nil {
+			result.Log = t.Log
+		}
+	}
+	if claim.Backend != "" && f.byName[claim.Backend] == nil {
+		return backend.Termination{}, notConfigured(claim)
+	}
+	return result, nil
+}
+
+// mine reports whether the caller is the claim's owner, or an operator.
+func mine(ctx context.Context, c Claim) bool {
+	caller := backend.CallerFrom(ctx)
+	return caller.Role == backend.RoleOperator || caller.Identity == c.Owner
+}
+
+// checkHops refuses a call that one more router would make too long.
+func checkHops(ctx context.Context) error {
+	if backend.CallerFrom(ctx).Hops < backend.MaxHops {
+		return nil
+	}
+	return backenderr.New(backenderr.HopLimitExceeded, "the call has passed %d routers already; is there a loop of routers?", backend.MaxHops).
+		WithCreated(backenderr.CreatedNone)
+}
+
+// ledgerError is a failure of the claim store. What exists is unknown: an
+// earlier call may have made something, and only the store would say where.
+func ledgerError(err error) error {
+	if r := backenderr.ReasonOf(err); r != backenderr.Unknown {
+		return err
+	}
+	return backenderr.Wrap(backenderr.LedgerUnavailable, err, "router's ledger").WithRetryAfter(time.Second)
+}
+
+// notConfigured says that the member that has the claim is gone from the
+// operator's list. What runs there is still the grant's instance.
+func notConfigured(c Claim) error {
+	return backenderr.New(backenderr.BackendUnreachable, "backend %s has the grant and is not in this router's configuration", c.Backend).
+		WithRetryAfter(unreachableRetry)
+}
+
+func badHandle(err error) error {
+	return backenderr.Invalid(backenderr.RequestInvalid, backenderr.Violation{Field: "handle", Description: err.Error()})
+}
+
+func noSuchBackend(h backend.Handle) error {
+	return backenderr.New(backenderr.InstanceNotFound, "the handle %q names no backend of this router", h).WithCreated(backenderr.CreatedNone)
+}
