@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // downLimit bounds the end of a host whose context has no deadline of its own.
@@ -23,10 +25,20 @@ func (h *Host) Kill(ctx context.Context) error {
 		return err
 	}
 	defer tree.close() //nolint:errcheck // nothing was written to it
+	// PID 1 takes all others of its namespace along, and programs that entered
+	// it are then reaped by those who started them.
+	if h.Running() {
+		if err := unix.Kill(h.record.Init.PID, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("kill %s: %w", h.Name, err)
+		}
+	}
+	if err := h.gone(ctx); err != nil {
+		return err
+	}
 	if err := tree.remove(ctx, h.lab.name, h.Name); err != nil {
 		return fmt.Errorf("kill %s: %w", h.Name, err)
 	}
-	return h.gone(ctx)
+	return nil
 }
 
 // gone waits for the end of the host's PID 1 and takes its network away.
@@ -155,4 +167,28 @@ func (h *Host) FillDisk(ctx context.Context) error {
 func (h *Host) FreeDisk(ctx context.Context) error {
 	_, err := h.Exec(ctx, "rm", "-f", fillFile, fillFile+".rest")
 	return err
+}
+
+// SetClockSkew sets the clock that the host's programs see d ahead (or behind,
+// when negative) of the machine's. Zero ends it.
+//
+// The kernel has one wall clock for all its namespaces, so this is libfaketime
+// in /etc/ld.so.preload: it deceives every dynamically linked C program that
+// starts from now on (date, sshd, systemd-timedated behind D-Bus), restarts
+// sshd, and deceives neither static binaries nor Go programs nor the kernel's
+// own time stamps of files.
+func (h *Host) SetClockSkew(ctx context.Context, d time.Duration) error {
+	_, err := h.Exec(ctx, "sh", "-ec", `
+		if [ "$1" = +0 ]; then
+			rm -f /etc/ld.so.preload /etc/faketimerc
+		else
+			echo "$1" >/etc/faketimerc
+			ls /usr/lib/*/faketime/libfaketime.so.1 >/etc/ld.so.preload
+		fi
+		systemctl stop systemd-timedated.service 2>/dev/null || true
+		systemctl restart ssh.service`, "sh", fmt.Sprintf("%+d", int64(d/time.Second)))
+	if err != nil {
+		return fmt.Errorf("skew the clock of %s: %w", h.Name, err)
+	}
+	return h.waitSSH(ctx)
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -109,6 +110,9 @@ func (l *Lab) Host(name string) (*Host, error) {
 	}
 	var record hostRecord
 	if err := readJSON(filepath.Join(l.Dir(), "hosts", name, "host.json"), &record); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("lab %s has no host %s: %w", l.name, name, fs.ErrNotExist)
+		}
 		return nil, fmt.Errorf("host %s of lab %s: %w", name, l.name, err)
 	}
 	return l.hostOf(record)
@@ -403,6 +407,9 @@ func (h *Host) Lab() *Lab { return h.lab }
 // Running tells whether the host's systemd runs.
 func (h *Host) Running() bool { return h.record.Init.alive() }
 
+// IsCutOff tells whether CutOff was called and Restore wasn't yet.
+func (h *Host) IsCutOff() bool { return h.record.CutOff }
+
 // DialSSH logs in as root over SSH, with the host key pinned. Close the client.
 func (h *Host) DialSSH(ctx context.Context) (*ssh.Client, error) {
 	conn, err := h.lab.Dial(ctx, "tcp", h.sshAddr())
@@ -476,11 +483,20 @@ func (h *Host) command(ctx context.Context, argv ...string) (cmd *exec.Cmd, done
 	if err != nil {
 		return nil, nil, err
 	}
-	defer tree.close() //nolint:errcheck // nothing was written to it
-	if err := os.MkdirAll(tree.path(h.lab.name, h.Name, "lab.exec"), 0o755); err != nil {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, tree.close())
+		}
+	}()
+	all := tree.path(h.lab.name, h.Name, "lab.exec")
+	if err := os.MkdirAll(all, 0o755); err != nil {
 		return nil, nil, err
 	}
-	group, err := os.Open(tree.path(h.lab.name, h.Name, "lab.exec"))
+	dir, err := os.MkdirTemp(all, "")
+	if err != nil {
+		return nil, nil, err
+	}
+	group, err := os.Open(dir)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -491,9 +507,42 @@ func (h *Host) command(ctx context.Context, argv ...string) (cmd *exec.Cmd, done
 		"LANG=C.UTF-8", "TERM=" + os.Getenv("TERM"),
 	}
 	cmd.Dir = "/"
-	cmd.WaitDelay = 5 * time.Second
 	cmd.SysProcAttr = &unix.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
-	return cmd, func() { _ = group.Close() }, nil
+	cmd.Cancel = func() error { return killOthers(dir, cmd.Process) }
+	cmd.WaitDelay = 5 * time.Second
+	return cmd, func() {
+		_ = group.Close()
+		_ = os.Remove(dir) // what the program left running keeps the group
+		_ = tree.close()
+	}, nil
+}
+
+// killOthers ends a program that nsenter runs. nsenter itself must live to reap
+// its child: a zombie whose parent is outside keeps the host's PID namespace, and
+// so its PID 1, from ending.
+func killOthers(group string, nsenter *os.Process) error {
+	text, err := os.ReadFile(filepath.Join(group, "cgroup.procs"))
+	if err != nil {
+		return err
+	}
+	killed := false
+	for _, field := range strings.Fields(string(text)) {
+		pid, err := strconv.Atoi(field)
+		if err != nil {
+			return err
+		}
+		if pid == nsenter.Pid {
+			continue
+		}
+		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
+			return err
+		}
+		killed = true
+	}
+	if killed {
+		return nil
+	}
+	return nsenter.Kill()
 }
 
 // console returns what is known of a boot that failed.

@@ -164,6 +164,9 @@ func Load(name string) (*Lab, error) {
 	}
 	dir := filepath.Join(stateDir, name)
 	if _, err := os.Stat(filepath.Join(dir, "lab.json")); err != nil {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("there is no lab %s: %w", name, fs.ErrNotExist)
+		}
 		return nil, fmt.Errorf("lab %s: %w", name, err)
 	}
 	text, err := os.ReadFile(filepath.Join(dir, "id_ed25519"))
@@ -305,7 +308,15 @@ func destroy(ctx context.Context, name string) error {
 	if err := os.RemoveAll(disks); err != nil {
 		return err
 	}
-	return os.RemoveAll(filepath.Join(stateDir, name))
+	if err := os.RemoveAll(filepath.Join(stateDir, name)); err != nil {
+		return err
+	}
+	if others, err := List(); err == nil && len(others) == 0 {
+		// The last lab takes the lab's own group along. Callers hold the lock, so
+		// no lab is being made; and a group that won't go is empty.
+		_ = os.Remove(tree.path())
+	}
+	return nil
 }
 
 // labNamespaces lists a lab's network namespaces.

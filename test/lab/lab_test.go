@@ -1,6 +1,7 @@
 package lab_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -306,6 +308,104 @@ func TestFillDiskFailsWritesUntilFreed(t *testing.T) {
 	overSSH(t, login(t, h), "true")
 	ok(t, h.FreeDisk(t.Context()))
 	onHost(t, h, write...)
+}
+
+func TestClockSkewIsWhatProgramsSee(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	ahead := func() time.Duration {
+		t.Helper()
+		seconds, err := strconv.ParseInt(overSSH(t, login(t, h), "date +%s"), 10, 64)
+		ok(t, err)
+		return time.Until(time.Unix(seconds, 0)).Round(10 * time.Second)
+	}
+	for _, skew := range []time.Duration{2 * time.Minute, -time.Hour, 0} {
+		ok(t, h.SetClockSkew(t.Context(), skew))
+		if got := ahead(); got != skew {
+			t.Errorf("the host's clock is %v ahead, want %v", got, skew)
+		}
+		bus := onHost(t, h, "busctl", "get-property", "org.freedesktop.timedate1", "/org/freedesktop/timedate1", "org.freedesktop.timedate1", "TimeUSec")
+		usec, err := strconv.ParseInt(strings.TrimPrefix(bus, "t "), 10, 64)
+		ok(t, err)
+		if got := time.Until(time.UnixMicro(usec)).Round(10 * time.Second); got != skew {
+			t.Errorf("over D-Bus the host's clock is %v ahead, want %v", got, skew)
+		}
+	}
+}
+
+func TestLatencyIsAddedOrRefusedPlainly(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	err := h.SetLatency(t.Context(), 50*time.Millisecond)
+	if errors.Is(err, errors.ErrUnsupported) {
+		t.Logf("this kernel can't delay packets: %v", err)
+		return
+	}
+	ok(t, err)
+	start := time.Now()
+	conn, err := h.Lab().Dial(t.Context(), "tcp", h.Addr.String()+":22")
+	ok(t, err)
+	ok(t, conn.Close())
+	if took := time.Since(start); took < 100*time.Millisecond {
+		t.Errorf("connected after %v, want two delays of 50 ms", took)
+	}
+	ok(t, h.SetLatency(t.Context(), 0))
+}
+
+func TestExecEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := h.Exec(ctx, "sleep", "4242"); err == nil {
+		t.Error("no error")
+	}
+	eventually(t, func() bool {
+		out, _ := h.Exec(t.Context(), "pgrep", "-f", "sleep 4242")
+		return out == ""
+	})
+}
+
+// holdEnv makes TestHoldAHost hold a host until its process is killed.
+const holdEnv = "CBLAB_TEST_HOLD"
+
+// TestHoldAHost is the process that TestSweepRemovesWhatAKilledRunLeft kills.
+func TestHoldAHost(t *testing.T) {
+	t.Parallel()
+	if os.Getenv(holdEnv) == "" {
+		return
+	}
+	h := lab.NewHost(t, lab.HostOptions{})
+	fmt.Println("holding", h.Lab().Name())
+	<-t.Context().Done()
+}
+
+func TestSweepRemovesWhatAKilledRunLeft(t *testing.T) {
+	t.Parallel()
+	cmd := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestHoldAHost$")
+	cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "CBLAB_LAB=") }), holdEnv+"=1")
+	out, err := cmd.StdoutPipe()
+	ok(t, err)
+	ok(t, cmd.Start())
+	var name string
+	for lines := bufio.NewScanner(out); name == "" && lines.Scan(); {
+		name, _ = strings.CutPrefix(lines.Text(), "holding ")
+	}
+	ok(t, cmd.Process.Kill())
+	_ = cmd.Wait() // killed
+	l, err := lab.Load(name)
+	ok(t, err)
+	hosts, err := l.Hosts()
+	ok(t, err)
+	if len(hosts) != 1 || !hosts[0].Running() {
+		t.Fatalf("the killed run left no running host: %v", hosts)
+	}
+	ok(t, lab.Sweep(t.Context()))
+	left, err := lab.Remains(name)
+	ok(t, err)
+	if len(left) > 0 || hosts[0].Running() {
+		t.Errorf("after the sweep: %q", left)
+	}
 }
 
 func TestHostWithoutPodman(t *testing.T) {

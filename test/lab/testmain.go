@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -118,14 +119,26 @@ func (l *Lab) runSelf(ctx context.Context, signals <-chan os.Signal) (int, error
 	}
 	cmd := l.Command(ctx, self, os.Args[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	// Tests without this process have nobody to clean up: they end with it, and
+	// the next run sweeps. The signal comes with the end of the thread.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return 1, err
 	}
 	done := make(chan struct{})
 	defer close(done)
+	ended := make(chan os.Signal, 1)
+	signal.Notify(ended, unix.SIGCHLD)
+	defer signal.Stop(ended)
 	go func() {
 		for {
 			select {
+			case <-ended:
+				// Orphans of the tests are ours; an unreaped one of a host would
+				// keep that host from ending.
+				reapAllBut(cmd.Process.Pid)
 			case s := <-signals:
 				// An error means that it ended already.
 				_ = cmd.Process.Signal(s)
@@ -143,6 +156,20 @@ func (l *Lab) runSelf(ctx context.Context, signals <-chan os.Signal) (int, error
 		return exit.ExitCode(), nil
 	default:
 		return 1, fmt.Errorf("the tests ended: %w", err)
+	}
+}
+
+// reapAllBut reaps this process's ended children, one aside.
+func reapAllBut(keep int) {
+	children, err := childrenOf(os.Getpid())
+	if err != nil {
+		return // the next SIGCHLD tries again
+	}
+	for _, pid := range children {
+		if pid != keep {
+			var status unix.WaitStatus
+			_, _ = unix.Wait4(pid, &status, unix.WNOHANG, nil) // it runs, or is reaped
+		}
 	}
 }
 
