@@ -162,16 +162,17 @@ func collect(ctx context.Context, host Host, req Request) guestapi.Spool {
 		c.spool.BootID = new(strings.TrimSpace(string(data)))
 	}
 	// systemd.exec(5), "Environment Variables Set or Propagated by the Service Manager".
-	for name, field := range map[string]**string{
-		"SERVICE_RESULT": &c.spool.Result,
-		"EXIT_CODE":      &c.spool.ExitCode,
-		"EXIT_STATUS":    &c.spool.ExitStatus,
-		"INVOCATION_ID":  &c.spool.InvocationID,
-	} {
-		if value, ok := host.LookupEnv(name); ok {
-			*field = &value
+	variable := func(name string) *string {
+		value, ok := host.LookupEnv(name)
+		if !ok {
+			return nil
 		}
+		return &value
 	}
+	c.spool.Result = variable("SERVICE_RESULT")
+	c.spool.ExitCode = variable("EXIT_CODE")
+	c.spool.ExitStatus = variable("EXIT_STATUS")
+	c.spool.InvocationID = variable("INVOCATION_ID")
 	c.spool.RecordedAt = host.Now().UTC().Truncate(time.Microsecond)
 	return c.spool
 }
@@ -237,16 +238,16 @@ func (c *collector) collectNetwork(ctx context.Context, req Request) {
 		c.problem("network", err)
 		return
 	}
-	for set, field := range map[string]**uint64{
-		guestapi.CounterSetReceived: &c.spool.Usage.NetworkReceivedBytes,
-		guestapi.CounterSetSent:     &c.spool.Usage.NetworkSentBytes,
-	} {
-		if n, err := setCounter(data, set, req.Interface); err != nil {
+	counter := func(set string) *uint64 {
+		n, err := setCounter(data, set, req.Interface)
+		if err != nil {
 			c.problem("network", err)
-		} else {
-			*field = &n
+			return nil
 		}
+		return &n
 	}
+	c.spool.Usage.NetworkReceivedBytes = counter(guestapi.CounterSetReceived)
+	c.spool.Usage.NetworkSentBytes = counter(guestapi.CounterSetSent)
 }
 
 // collectTimes asks systemd, whose monotonic times are the only ones that every version prints as numbers.
@@ -265,17 +266,18 @@ func (c *collector) collectTimes(ctx context.Context, unit string) {
 		return
 	}
 	booted := c.host.Now().Add(-monotonic)
-	times := parseProperties(data)
-	for name, field := range map[string]**time.Time{startedAt: &c.spool.StartedAt, stoppedAt: &c.spool.StoppedAt} {
-		usec, err := strconv.ParseInt(times[name], 10, 64)
-		// 0 means that it has not happened.
+	properties := parseProperties(data)
+	at := func(property string) *time.Time {
+		usec, err := strconv.ParseInt(properties[property], 10, 64)
+		// 0 means that it has not happened; the upper bound keeps the product below within its type.
 		if err != nil || usec <= 0 || usec > 1<<53 {
-			c.problem("times", fmt.Errorf("systemd has no %s", name))
-			continue
+			c.problem("times", fmt.Errorf("systemd has no %s", property))
+			return nil
 		}
-		at := booted.Add(time.Duration(usec) * time.Microsecond).UTC().Truncate(time.Microsecond)
-		*field = &at
+		return new(booted.Add(time.Duration(usec) * time.Microsecond).UTC().Truncate(time.Microsecond))
 	}
+	c.spool.StartedAt = at(startedAt)
+	c.spool.StoppedAt = at(stoppedAt)
 }
 
 // parseProperties reads the output of systemctl show.
