@@ -1,0 +1,333 @@
+package backendtest
+
+import (
+	"bytes"
+	"context"
+	"crypto/ed25519"
+	"errors"
+	"slices"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/backendgrpc"
+	bridgev1 "github.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1"
+)
+
+// exit makes the workload of a grant end.
+func (e *env) exit(id backend.GrantID, status ExitStatus) {
+	e.Helper()
+	if err := e.f.Exit(id, status); err != nil {
+		e.Fatalf("Exit: %v", err)
+	}
+}
+
+// short returns a new grant whose deadline is near.
+func (e *env) short() (backend.Grant, backend.Envelope) {
+	g, envelope := e.grant()
+	g.ValidTo = time.Now().Add(e.f.ShortestLife).UTC().Truncate(time.Microsecond)
+	return g, envelope
+}
+
+// checkLog checks the final compute log of a grant that was ready as p says.
+func (e *env) checkLog(p backend.Provisioned, signed *backend.SignedLog, reason backend.EndReason) {
+	e.Helper()
+	if signed == nil {
+		e.Fatalf("no compute log")
+	}
+	log, i := signed.Log, p.Instance
+	for what, wrong := range map[string]bool{
+		"another grant":              log.GrantID != i.GrantID,
+		"another backend":            log.Backend != i.Backend,
+		"another instance":           log.InstanceID != i.ID,
+		"another region":             log.Region != i.Region,
+		"another attempt":            log.Attempt != i.Attempt,
+		"another shape":              log.Shape != i.Shape,
+		"another deadline":           !log.ValidTo.Equal(i.ValidTo),
+		"it isn't final":             !log.Final,
+		"no sequence number":         log.Sequence == 0,
+		"no start":                   log.StartedAt.IsZero(),
+		"it ended before it started": log.EndedAt.Before(log.StartedAt),
+		"another reason than " + reason.String() + ": " + log.Exit.Reason.String(): log.Exit.Reason != reason,
+	} {
+		if wrong {
+			e.Errorf("compute log: %s: %+v", what, log)
+		}
+	}
+	e.checkUsage(log)
+	e.checkSignature(signed)
+}
+
+func (e *env) checkUsage(log backend.ComputeLog) {
+	e.Helper()
+	u := log.Usage
+	measured := 0
+	for what, m := range map[string]*backend.Measurement{
+		"CPU": u.CPU, "allocated CPU": u.CPUAllocated, "allocated memory": u.RAMAllocated, "memory peak": u.RAMPeak,
+		"allocated disk": u.StorageAllocated, "network in": u.NetworkReceived, "network out": u.NetworkSent,
+		"disk reads": u.DiskRead, "disk writes": u.DiskWritten,
+	} {
+		if m == nil {
+			continue
+		}
+		if m.Source != backend.UsageAllocated {
+			measured++
+		}
+		if m.Value < 0 || m.Source == 0 || m.From.IsZero() || m.To.Before(m.From) {
+			e.Errorf("compute log: %s is %+v", what, *m)
+		}
+	}
+	if log.StartedAt.IsZero() {
+		return
+	}
+	var want backend.Usage
+	want.Allocated(log.Shape, log.StartedAt, log.EndedAt)
+	e.same("allocated CPU and what follows from reservation and time", want.CPUAllocated, u.CPUAllocated)
+	e.same("allocated memory and what follows from reservation and time", want.RAMAllocated, u.RAMAllocated)
+	e.same("allocated disk and what follows from reservation and time", want.StorageAllocated, u.StorageAllocated)
+	if measured == 0 && !log.Partial {
+		e.Errorf("compute log: nothing was measured, yet it isn't partial")
+	}
+}
+
+// checkSignature verifies a log by the words of usage.proto alone.
+func (e *env) checkSignature(signed *backend.SignedLog) {
+	e.Helper()
+	keys := e.capabilities().LogKeys
+	n := slices.IndexFunc(keys, func(k backend.LogKey) bool { return k.ID == signed.KeyID })
+	if n < 0 {
+		e.Errorf("compute log: signed with key %q, which the capabilities don't have", signed.KeyID)
+		return
+	}
+	message := slices.Concat([]byte("computebridge/v1 compute log\x00"), signed.Body)
+	if len(keys[n].PublicKey) != ed25519.PublicKeySize || !ed25519.Verify(keys[n].PublicKey, message, signed.Signature) {
+		e.Errorf("compute log: the signature doesn't verify")
+	}
+	var body bridgev1.ComputeLog
+	if err := proto.Unmarshal(signed.Body, &body); err != nil {
+		e.Errorf("compute log: the body is no ComputeLog: %v", err)
+	}
+	e.same("the signed body and the decoded log", backendgrpc.LogFromProto(&body), backendgrpc.LogFromProto(backendgrpc.LogToProto(signed.Log)))
+}
+
+func watchCases() []testCase {
+	return []testCase{
+		{name: "watch/begins with the state and ends with the log", needs: []need{needExit}, run: func(e *env) {
+			g, _, p := e.ready()
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			if s := w.state(); s != backend.StateReady {
+				e.Errorf("the first state is %s, want READY", s)
+			}
+			e.exit(g.ID, ExitStatus{Code: 7})
+			log := w.log()
+			e.checkLog(p, log, backend.EndWorkloadExited)
+			if log.Log.Exit.Code == nil || *log.Log.Exit.Code != 7 {
+				e.Errorf("exit is %+v, want code 7", log.Log.Exit)
+			}
+			if log.Log.Exit.Signal != "" {
+				e.Errorf("exit by signal %q, want none", log.Log.Exit.Signal)
+			}
+		}},
+		{name: "watch/tells the signal", needs: []need{needExit}, run: func(e *env) {
+			g, _, p := e.ready()
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			w.state()
+			e.exit(g.ID, ExitStatus{Signal: "KILL"})
+			if exit := w.log().Log.Exit; exit.Signal != "KILL" {
+				e.Errorf("exit is %+v, want signal KILL", exit)
+			}
+		}},
+		{name: "watch/an instance that is gone is VANISHED", needs: []need{needVanish}, run: func(e *env) {
+			g, _, p := e.ready()
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			w.state()
+			if err := e.f.Vanish(g.ID); err != nil {
+				e.Fatal(err)
+			}
+			log := w.log()
+			e.checkLog(p, log, backend.EndVanished)
+			if !log.Log.Partial {
+				e.Errorf("the log of a vanished instance isn't partial")
+			}
+		}},
+		{name: "watch/ends at the deadline", run: func(e *env) {
+			g, envelope := e.short()
+			p := e.provision(g, envelope)
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			log := w.log()
+			e.checkLog(p, log, backend.EndDeadline)
+			if ended := log.Log.EndedAt; ended.Before(g.ValidTo.Add(-time.Second)) || ended.After(time.Now().Add(time.Second)) {
+				e.Errorf("it ended at %s, the deadline was %s", ended, g.ValidTo)
+			}
+			_, err := e.b.Provision(e.ctx(), g, envelope)
+			e.want(err, "Provision after the deadline", backenderr.GrantEnded)
+		}},
+		{name: "watch/the deadline needs no watcher", run: func(e *env) {
+			g, envelope := e.short()
+			p := e.provision(g, envelope)
+			e.eventually("nothing is left after the deadline", func() bool { return len(e.left(g.ID)) == 0 })
+			if time.Now().Before(g.ValidTo) {
+				e.Errorf("it was ended before its deadline")
+			}
+			e.checkLog(p, e.watch(e.ctx(), p.Instance.Handle).log(), backend.EndDeadline)
+		}},
+		{name: "watch/the deadline passes during a restart", needs: []need{needReopen}, run: func(e *env) {
+			g, envelope := e.short()
+			p := e.provision(g, envelope)
+			e.reopen()
+			e.checkLog(p, e.watch(e.ctx(), p.Instance.Handle).log(), backend.EndDeadline)
+		}},
+		{name: "watch/watchers agree", needs: []need{needExit}, run: func(e *env) {
+			g, _, p := e.ready()
+			var watchers []*watcher
+			for range 3 {
+				w := e.watch(e.ctx(), p.Instance.Handle)
+				w.state()
+				watchers = append(watchers, w)
+			}
+			e.exit(g.ID, ExitStatus{})
+			log := watchers[0].log()
+			for _, w := range watchers[1:] {
+				e.same("two watchers' logs", log, w.log())
+			}
+		}},
+		{name: "watch/answers after the end", needs: []need{needExit}, run: func(e *env) {
+			g, _, p := e.ready()
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			e.exit(g.ID, ExitStatus{Code: 3})
+			log := w.log()
+			late := e.watch(e.ctx(), p.Instance.Handle)
+			if s := late.state(); s != backend.StateTerminated {
+				e.Errorf("after the end the first state is %s, want TERMINATED", s)
+			}
+			e.same("logs of watches before and after the end", log, late.log())
+		}},
+		{name: "watch/answers after the end and a restart", needs: []need{needExit, needReopen}, run: func(e *env) {
+			g, _, p := e.ready()
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			e.exit(g.ID, ExitStatus{Code: 3})
+			log := w.log()
+			e.reopen()
+			e.same("logs before and after a restart", log, e.watch(e.ctx(), p.Instance.Handle).log())
+		}},
+		{name: "watch/attaches again after a restart", needs: []need{needExit, needReopen}, run: func(e *env) {
+			g, _, p := e.ready()
+			before := e.watch(e.ctx(), p.Instance.Handle)
+			before.state()
+			e.reopen()
+			if before.err() == nil {
+				e.Errorf("the watch ended well although the worker went away")
+			}
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			if s := w.state(); s != backend.StateReady {
+				e.Errorf("after a restart the state is %s, want READY", s)
+			}
+			e.exit(g.ID, ExitStatus{Code: 9})
+			log := w.log()
+			e.checkLog(p, log, backend.EndWorkloadExited)
+			if log.Log.Exit.Code == nil || *log.Log.Exit.Code != 9 {
+				e.Errorf("exit is %+v, want code 9", log.Log.Exit)
+			}
+		}},
+		{name: "watch/an end that nobody saw is told after a restart", needs: []need{needExit, needKill}, run: func(e *env) {
+			g, _, p := e.ready()
+			e.f.Kill()
+			e.exit(g.ID, ExitStatus{Code: 5})
+			e.reopen()
+			log := e.watch(e.ctx(), p.Instance.Handle).log()
+			e.checkLog(p, log, backend.EndWorkloadExited)
+			if log.Log.Exit.Code == nil || *log.Log.Exit.Code != 5 {
+				e.Errorf("exit is %+v, want code 5", log.Log.Exit)
+			}
+		}},
+		{name: "watch/the deadline needs no worker", needs: []need{needKill}, run: func(e *env) {
+			g, envelope := e.short()
+			p := e.provision(g, envelope)
+			if p.Instance.Enforcement != backend.EnforcedByPlatform {
+				return // A weaker enforcement promises less.
+			}
+			e.f.Kill()
+			e.eventually("nothing runs after the deadline, with the worker dead", func() bool { return !e.f.Runs(g.ID) })
+			e.reopen()
+			e.checkLog(p, e.watch(e.ctx(), p.Instance.Handle).log(), backend.EndDeadline)
+		}},
+		{name: "watch/unknown and malformed handles", run: func(e *env) {
+			g, _ := e.f.Satisfiable()
+			err := e.watch(e.ctx(), e.handle(g.ID)).err()
+			e.want(err, "a watch of an unknown grant", backenderr.InstanceNotFound)
+			for _, h := range []backend.Handle{"", "nonsense", "../" + backend.HandleFor(g.ID), backend.HandleFor(g.ID)[1:]} {
+				err := e.watch(e.ctx(), h).err()
+				e.want(err, "a watch of handle "+string(h), backenderr.RequestInvalid)
+			}
+		}},
+		{name: "watch/cancelling stops the watch and nothing else", run: func(e *env) {
+			g, envelope, p := e.ready()
+			ctx, cancel := context.WithCancel(e.ctx())
+			w := e.watch(ctx, p.Instance.Handle)
+			w.state()
+			began := time.Now()
+			cancel()
+			e.want(w.err(), "a cancelled watch", backenderr.Cancelled)
+			if took := time.Since(began); took > patience/4 {
+				e.Errorf("a cancelled watch took %s to end", took)
+			}
+			if len(e.left(g.ID)) == 0 {
+				e.Errorf("cancelling a watch ended the instance")
+			}
+			e.same("answers before and after a watch", p, e.provision(g, envelope))
+		}},
+		{name: "watch/a watcher's own error ends it", run: func(e *env) {
+			_, _, p := e.ready()
+			err := e.b.WatchUntilExit(e.ctx(), p.Instance.Handle, func(backend.Event) error { return &emitError{} })
+			var ours *emitError
+			if !errors.As(err, &ours) {
+				e.Errorf("a watch ended with %v, want the watcher's own error", err)
+			}
+		}},
+		{name: "watch/sees the making", needs: []need{needInject}, run: func(e *env) {
+			g, envelope := e.grant()
+			fault := e.f.Inject(Fault{Point: e.f.CreatePoint, Kind: FaultSlow, GrantID: g.ID})
+			defer fault.Release()
+			making := e.begin(e.ctx(), g, envelope)
+			receive(e, "the create call", fault.Reached())
+			w := e.watch(e.ctx(), e.handle(g.ID))
+			if s := w.state(); s != backend.StateProvisioning {
+				e.Errorf("while it is made the state is %s, want PROVISIONING", s)
+			}
+			fault.Release()
+			o := receive(e, "Provision", making)
+			if o.err != nil {
+				e.Fatalf("Provision: %s", describe(o.err))
+			}
+			for s := w.state(); s != backend.StateReady; s = w.state() {
+				if s != backend.StateProvisioning {
+					e.Fatalf("state %s came before READY", s)
+				}
+			}
+			e.terminate(o.provisioned.Instance.Handle)
+			w.log()
+		}},
+		{name: "watch/logs aren't shared", run: func(e *env) {
+			_, _, p := e.ready()
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			w.state()
+			want := e.terminate(p.Instance.Handle)
+			spoiled := w.log()
+			body := bytes.Clone(want.Body)
+			clear(spoiled.Body)
+			clear(spoiled.Signature)
+			spoiled.Log.Exit.Reason = 0
+			if spoiled.Log.Usage.CPUAllocated != nil {
+				spoiled.Log.Usage.CPUAllocated.Value = -1
+			}
+			again := e.terminate(p.Instance.Handle)
+			if !bytes.Equal(again.Body, body) || !bytes.Equal(want.Body, body) {
+				e.Errorf("a watcher that changes its log changes those of others")
+			}
+			e.checkSignature(again)
+			e.checkUsage(want.Log)
+		}},
+	}
+}

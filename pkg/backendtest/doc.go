@@ -1,0 +1,18 @@
+// Package backendtest is the conformance suite of the Backend contract: what
+// the header of backend.proto promises and the seven laws demand, as cases that
+// any backend can be held to.
+//
+// A backend's tests call [Run] with a [Harness] that opens a [Fixture]: a fresh
+// provider with a backend on it, and handles by which the suite looks behind
+// the backend, makes workloads end, makes the provider fail and restarts the
+// worker. Every case runs twice, in process and over gRPC. What can't apply to
+// a backend is excepted by name and with a reason; nothing is left out
+// silently.
+//
+// Some things hold in every case and are checked all the time: errors are
+// classified, their reasons are those of the method, what they say about what
+// exists is true; TERMINATED means that nothing is left; a grant never has two
+// instances at once; watches begin with the state and end with the log; no
+// secret is in an error or a log. Every case ends by ending its grants, after
+// which the provider must hold nothing, and goroutines must be gone.
+package backendtest

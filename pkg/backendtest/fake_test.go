@@ -1,0 +1,284 @@
+package backendtest
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/crypto/ssh"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/redact"
+	"github.com/compute-bridge/compute-bridge/pkg/worker"
+)
+
+// breakage is what a broken worker does differently.
+type breakage struct {
+	// provider and driver change the options.
+	provider func(*backendfake.Options)
+	// journal wraps what the driver writes to.
+	journal func(worker.Journal) worker.Journal
+	// driver wraps the driver, backend the whole.
+	driver  func(worker.Driver) worker.Driver
+	backend func(backend.Backend) backend.Backend
+}
+
+// fake is a worker on a fake provider, as a test's fixture.
+type fake struct {
+	provider *backendfake.Provider
+	ledger   *ledger.Ledger
+	secret   redact.Secret
+	logs     *lockedBuffer
+	broken   breakage
+
+	mu      sync.Mutex
+	runtime *worker.Runtime
+	driver  *backendfake.Driver
+}
+
+// lockedBuffer collects logs.
+type lockedBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lockedBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lockedBuffer) bytes() []byte {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return bytes.Clone(l.b.Bytes())
+}
+
+// The fake hosts: two grants fit on each.
+var (
+	fakeShape = backend.Shape{CPU: 1000, RAM: 512, Storage: 4}
+	fakeHosts = []backendfake.Host{
+		{Name: "one", Region: "east", Capacity: fakeShape.Times(2).Add(backend.Shape{CPU: 10})},
+		{Name: "two", Region: "west", Capacity: fakeShape.Times(2).Add(backend.Shape{RAM: 100})},
+	}
+)
+
+// openFake returns an opener of fixtures with a worker that is broken in one
+// way, or in none.
+func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fixture {
+	return func(t testing.TB) *Fixture {
+		t.Helper()
+		options := options
+		options.Hosts = fakeHosts
+		if broken.provider != nil {
+			broken.provider(&options)
+		}
+		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken}
+		t.Cleanup(f.provider.Close)
+		secret := make([]byte, 32)
+		_, _ = rand.Read(secret) // Never fails.
+		f.secret = redact.New(secret)
+		var err error
+		if f.ledger, err = ledger.Open(t.Context(), ledger.Config{Path: filepath.Join(t.TempDir(), "ledger.db")}); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := f.ledger.Close(); err != nil {
+				t.Errorf("close the ledger: %v", err)
+			}
+		})
+		t.Cleanup(f.stop)
+		return f.fixture(t, options)
+	}
+}
+
+func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
+	line, _ := newLogin(t)
+	fixture := &Fixture{
+		Backend: f.start(t),
+		Satisfiable: func() (backend.Grant, backend.Envelope) {
+			g := backend.Grant{
+				Image: backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: [32]byte{1}}, Kind: backend.ImageOCIArchive},
+				Shape: fakeShape, MinIsolation: backend.IsolationContainer, PostHash: [32]byte{2},
+				Environment: map[string]string{"NAME": "value"},
+				ValidTo:     time.Now().Add(time.Hour).UTC().Truncate(time.Microsecond), AlmanacSequence: 3,
+			}
+			_, _ = rand.Read(g.ID[:]) // Never fails.
+			return g, backend.Envelope{SSHPublicKey: line, PostHash: g.PostHash}
+		},
+		Capacity:     4,
+		ShortestLife: time.Second,
+		Leftovers: func(context.Context) ([]Leftover, error) {
+			var out []Leftover
+			for _, name := range f.provider.Names() {
+				// cb-<bridge>-<request id>-<attempt>
+				parts := strings.Split(name, "-")
+				id, err := backend.ParseGrantID(parts[len(parts)-2])
+				if err != nil {
+					return nil, err
+				}
+				out = append(out, Leftover{GrantID: id, Name: name})
+			}
+			return out, nil
+		},
+		History:   func(id backend.GrantID) History { return History(f.provider.History(id)) },
+		Mutations: f.provider.Mutations,
+		Exit: func(id backend.GrantID, status ExitStatus) error {
+			if !f.provider.Exit(id, backendfake.ExitStatus{Code: status.Code, Signal: status.Signal}) {
+				return fmt.Errorf("nothing runs for grant %s", id)
+			}
+			return nil
+		},
+		Vanish: func(id backend.GrantID) error {
+			if !f.provider.Vanish(id) {
+				return fmt.Errorf("nothing runs for grant %s", id)
+			}
+			return nil
+		},
+		Inject: func(fault Fault) Injection {
+			times := 1
+			if fault.Always {
+				times = -1
+			}
+			return f.provider.Inject(backendfake.Op(fault.Point), backendfake.Fault{Kind: fakeKinds[fault.Kind], Times: times, GrantID: fault.GrantID})
+		},
+		ProvisionPoints: []string{string(backendfake.OpDescribe), string(backendfake.OpCreate), string(backendfake.OpReady)},
+		CreatePoint:     string(backendfake.OpCreate),
+		DeletePoints: []string{
+			string(backendfake.OpDescribe), string(backendfake.OpStop), string(backendfake.OpDelete), string(backendfake.OpConfirm),
+		},
+		ReadPoint: string(backendfake.OpList),
+		Reopen: func(t testing.TB) backend.Backend {
+			f.stop()
+			return f.start(t)
+		},
+		Kill: func() {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.driver.Kill()
+		},
+		Runs: func(id backend.GrantID) bool { return f.provider.Running(id) > 0 },
+		Logs: f.logs.bytes,
+	}
+	fixture.Unsatisfiable = func() (backend.Grant, backend.Envelope) {
+		g, envelope := fixture.Satisfiable()
+		g.Shape = fakeShape.Times(3)
+		return g, envelope
+	}
+	if options.WithSSH {
+		fixture.Login = login
+	}
+	return fixture
+}
+
+// fakeKinds translates the suite's faults.
+var fakeKinds = map[FaultKind]backendfake.Kind{
+	FaultCapacity: backendfake.Capacity, FaultQuota: backendfake.Quota, FaultDenied: backendfake.Denied,
+	FaultUnauthenticated: backendfake.Unauthenticated, FaultThrottled: backendfake.Throttled,
+	FaultUnavailable: backendfake.Unavailable, FaultSlow: backendfake.Slow, FaultLostAnswer: backendfake.LostAnswer,
+	FaultCrashBefore: backendfake.CrashBefore, FaultCrashAfter: backendfake.CrashAfter,
+}
+
+// start starts a worker process.
+func (f *fake) start(t testing.TB) backend.Backend {
+	t.Helper()
+	runtime, err := worker.NewRuntime(worker.RuntimeConfig{
+		BridgeID: "test", Backend: "fake", Ledger: f.ledger, Secret: f.secret,
+		Log: slog.New(slog.NewJSONHandler(f.logs, nil)), Metrics: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := runtime.Env()
+	if f.broken.journal != nil {
+		env.Journal = f.broken.journal(env.Journal)
+	}
+	own := backendfake.Open(f.provider, env, backendfake.DriverOptions{BootTimeout: time.Second})
+	var driver worker.Driver = own
+	if f.broken.driver != nil {
+		driver = f.broken.driver(driver)
+	}
+	if err := runtime.Start(context.Background(), driver); err != nil {
+		t.Fatal(err)
+	}
+	f.mu.Lock()
+	f.runtime, f.driver = runtime, own
+	f.mu.Unlock()
+	if f.broken.backend != nil {
+		return f.broken.backend(runtime)
+	}
+	return runtime
+}
+
+// stop ends the worker process. It counts as dead from the first moment, so
+// that it can't tidy up.
+func (f *fake) stop() {
+	f.mu.Lock()
+	runtime, driver := f.runtime, f.driver
+	f.runtime = nil
+	f.mu.Unlock()
+	if runtime != nil {
+		driver.Kill()
+		runtime.Close()
+	}
+}
+
+// login logs in to an instance of the fake and runs a command.
+func login(ctx context.Context, r backend.Receipt, key redact.Secret) error {
+	hostKey, _, _, _, err := ssh.ParseAuthorizedKey([]byte(r.HostKey))
+	if err != nil {
+		return fmt.Errorf("host key: %w", err)
+	}
+	signer, err := ssh.ParsePrivateKey(key.Expose())
+	if err != nil {
+		return errors.New("the login key is no private key")
+	}
+	address := net.JoinHostPort(r.Host, strconv.Itoa(int(r.Port)))
+	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close() }()
+	c, channels, requests, err := ssh.NewClientConn(conn, address, &ssh.ClientConfig{
+		User: r.User, Auth: []ssh.AuthMethod{ssh.PublicKeys(signer)},
+		HostKeyCallback: ssh.FixedHostKey(hostKey), HostKeyAlgorithms: []string{hostKey.Type()},
+	})
+	if err != nil {
+		return err
+	}
+	client := ssh.NewClient(c, channels, requests)
+	defer func() { _ = client.Close() }()
+	session, err := client.NewSession()
+	if err != nil {
+		return err
+	}
+	out, err := session.Output("echo hello there")
+	if err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	if got := strings.TrimSpace(string(out)); got != "hello there" {
+		return fmt.Errorf("echo printed %q", got)
+	}
+	return nil
+}
+
+// plain is a provider that takes a little time for everything.
+var plain = backendfake.Options{BootTime: 3 * time.Millisecond, DeleteTime: 5 * time.Millisecond, WithSSH: true}
+
+func TestFakeHonoursTheContract(t *testing.T) {
+	Run(t, Harness{Open: openFake(plain, breakage{})})
+}

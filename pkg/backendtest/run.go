@@ -1,0 +1,86 @@
+package backendtest
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+// testCase is one sentence of the contract.
+type testCase struct {
+	// name is group/case.
+	name string
+	// needs are the optional parts of the fixture that it uses.
+	needs []need
+	// direct means in process only: it is about the provider's side and slow.
+	direct bool
+	run    func(e *env)
+}
+
+// cases returns the whole suite.
+func cases() []testCase {
+	return slices.Concat(
+		identityCases(), capabilitiesCases(), satisfyCases(), provisionCases(), watchCases(),
+		terminateCases(), errorCases(), ownershipCases(), crashCases(),
+	)
+}
+
+// mode is the way from the suite to the backend.
+type mode string
+
+const (
+	direct mode = "direct"
+	grpc   mode = "grpc"
+)
+
+// Run holds a backend to the contract. Tests of other things must not run at
+// the same time: it watches the process's goroutines.
+func Run(t *testing.T, h Harness) {
+	t.Helper()
+	all := cases()
+	for name, reason := range h.Skip {
+		if !slices.ContainsFunc(all, func(c testCase) bool { return c.name == name }) {
+			t.Errorf("Skip names %q, which is no case", name)
+		}
+		if strings.TrimSpace(reason) == "" {
+			t.Errorf("Skip has no reason for %q", name)
+		}
+	}
+	for _, m := range []mode{direct, grpc} {
+		t.Run(string(m), func(t *testing.T) {
+			for _, c := range all {
+				if reason, ok := h.Skip[c.name]; ok {
+					t.Logf("excepted: %s: %s", c.name, reason)
+					continue
+				}
+				if c.direct && m != direct {
+					continue
+				}
+				t.Run(c.name, func(t *testing.T) { runCase(t, h, c, m) })
+			}
+		})
+	}
+}
+
+// runCase runs one case on a fresh fixture.
+func runCase(t testing.TB, h Harness, c testCase, m mode) {
+	t.Helper()
+	present := goleak.IgnoreCurrent()
+	// Registered first and therefore run last.
+	t.Cleanup(func() {
+		if err := goleak.Find(present); err != nil {
+			t.Errorf("goroutines are left: %v", err)
+		}
+	})
+	f := h.Open(t)
+	for _, n := range c.needs {
+		if !f.has(n) {
+			t.Fatalf("the fixture has no %s; give it one, or name the case in Skip with the reason", n)
+		}
+	}
+	e := newEnv(t, f, m)
+	defer e.finish()
+	c.run(e)
+}
