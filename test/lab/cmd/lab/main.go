@@ -66,7 +66,7 @@ func commands() []command {
 		{"down", "", "destroy the lab with all its hosts", "Removes hosts, disks, namespaces and keys. A lab that isn't there is no error.", down},
 		{"status", "", "show the hosts", "Prints name, address, SSH port, host key fingerprint and state of each host.", status},
 		{"exec", "HOST -- PROGRAM [ARG]…", "run a program on a host", "Runs it as root by entering the host's namespaces: works without network and sshd.", execute},
-		{"ssh", "HOST [COMMAND]…", "log in to a host with OpenSSH", "Runs ssh in the lab's network, with the lab's key and the host key pinned.", sshTo},
+		{"ssh", "[HOST [COMMAND]…]", "log in to a host with OpenSSH", "Runs ssh in the lab's network, with the lab's key and the host key pinned.\nWithout HOST: the first one.", sshTo},
 		{"shell", "[PROGRAM [ARG]…]", "a shell in the lab's network", "Runs $SHELL, or a program, on this machine but in the lab's network namespace,\nwhere the hosts' addresses can be reached.", shell},
 		{"cut", "HOST", "cut a host off, silently", "Drops its packets both ways; connections stay half-open.", onHost((*lab.Host).CutOff)},
 		{"restore", "HOST", "end cut", "Lets packets through again.", onHost((*lab.Host).Restore)},
@@ -330,6 +330,20 @@ func execute(*flag.FlagSet) func(context.Context, *call) error {
 
 func sshTo(*flag.FlagSet) func(context.Context, *call) error {
 	return func(ctx context.Context, c *call) error {
+		if len(c.args) == 0 {
+			l, err := lab.Load(c.lab)
+			if err != nil {
+				return err
+			}
+			hosts, err := l.Hosts()
+			if err != nil {
+				return err
+			}
+			if len(hosts) == 0 {
+				return fmt.Errorf("lab %s has no hosts: start some with `lab up`", c.lab)
+			}
+			c.args = []string{hosts[0].Name}
+		}
 		h, err := c.hostArg()
 		if err != nil {
 			return err
