@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
@@ -87,7 +88,8 @@ func (f *Fleet) Capabilities(context.Context) (backend.Capabilities, error) {
 }
 
 // Backends returns the names of all backends in order, those of a member that
-// is a router itself as "site/name".
+// is a router itself as "site/name". Names that a call could not follow, because
+// routers form a loop, are left out.
 func (f *Fleet) Backends() []string {
 	var names []string
 	for _, m := range f.members {
@@ -96,6 +98,9 @@ func (f *Fleet) Backends() []string {
 			names = append(names, m.Name)
 		}
 		for _, n := range nested {
+			if strings.Count(n, "/") >= backend.MaxHops-1 {
+				continue
+			}
 			names = append(names, m.Name+"/"+n)
 		}
 	}
