@@ -124,7 +124,7 @@ func parseOneLine(text string) []aptSource {
 		var source aptSource
 		if inside, after, ok := strings.Cut(rest, "]"); ok && strings.HasPrefix(inside, "[") {
 			rest = after
-			for _, option := range strings.Fields(inside[1:]) {
+			for option := range strings.FieldsSeq(inside[1:]) {
 				key, value, ok := strings.Cut(option, "=")
 				if !ok {
 					continue

@@ -151,12 +151,12 @@ func mountImage(image, dir string) error {
 	if err != nil {
 		return fmt.Errorf("this machine has no loop devices, which hosts' disks need: %w", err)
 	}
-	defer control.Close() //nolint:errcheck // only ioctls
+	defer control.Close()
 	file, err := os.OpenFile(image, os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
-	defer file.Close() //nolint:errcheck // the loop device holds its own reference
+	defer file.Close()
 	// Another process may take the free device between the two calls.
 	for range 64 {
 		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)

@@ -64,7 +64,7 @@ func (t *cgroupTree) make(group ...string) error {
 		if err != nil {
 			return fmt.Errorf("read a cgroup's controllers: %w", err)
 		}
-		for _, name := range strings.Fields(string(names)) {
+		for name := range strings.FieldsSeq(string(names)) {
 			// A controller may be refused (threaded groups, real-time tasks):
 			// the host then lacks it, as a machine without it would.
 			_ = os.WriteFile(filepath.Join(parent, "cgroup.subtree_control"), []byte("+"+name), 0o644)
@@ -117,22 +117,4 @@ func removeGroups(dir string) error {
 		return err
 	}
 	return nil
-}
-
-// groups lists the groups directly below one, or none when it doesn't exist.
-func (t *cgroupTree) groups(group ...string) ([]string, error) {
-	entries, err := os.ReadDir(t.path(group...))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	var names []string
-	for _, entry := range entries {
-		if entry.IsDir() {
-			names = append(names, entry.Name())
-		}
-	}
-	return names, nil
 }

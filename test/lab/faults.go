@@ -77,7 +77,7 @@ func (h *Host) Reboot(ctx context.Context) error {
 		return err
 	}
 	if err := h.boot(ctx); err != nil {
-		return fmt.Errorf("reboot %s: %w\n%s", h.Name, err, h.console())
+		return fmt.Errorf("reboot %s: %w\n%s", h.Name, err, h.console(context.WithoutCancel(ctx)))
 	}
 	return nil
 }
@@ -106,7 +106,7 @@ func (h *Host) setPort(ctx context.Context, cut bool) error {
 	if cut {
 		state = "disabled"
 	}
-	if _, err := run(ctx, "", "bridge", "-n", h.lab.name, "link", "set", "dev", vethName(h.record.Index), "state", state); err != nil {
+	if err := run(ctx, "", "bridge", "-n", h.lab.name, "link", "set", "dev", vethName(h.record.Index), "state", state); err != nil {
 		return err
 	}
 	h.record.CutOff = cut
@@ -116,8 +116,7 @@ func (h *Host) setPort(ctx context.Context, cut bool) error {
 // ResetConnections resets every TCP connection between the host's sshd and the
 // lab: the lab's side sees "connection reset by peer".
 func (h *Host) ResetConnections(ctx context.Context) error {
-	_, err := run(ctx, "", "ss", "-N", h.netns(), "-K", "-t", "state", "established", "dst", labAddr().String())
-	return err
+	return run(ctx, "", "ss", "-N", h.netns(), "-K", "-t", "state", "established", "dst", labAddr().String())
 }
 
 // SetLatency delays every packet to the host by d, and every packet from it. It
@@ -129,7 +128,7 @@ func (h *Host) SetLatency(ctx context.Context, d time.Duration) error {
 		if d == 0 {
 			args = []string{"-n", end[0], "qdisc", "del", "dev", end[1], "root"}
 		}
-		_, err := run(ctx, "", "tc", args...)
+		err := run(ctx, "", "tc", args...)
 		switch {
 		case err == nil:
 		case d == 0 && strings.Contains(err.Error(), "handle of zero"): // there was none

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net"
 	"net/netip"
 	"os"
@@ -97,7 +98,7 @@ func (l *Lab) StartHost(ctx context.Context, opts HostOptions) (*Host, error) {
 		return nil, fmt.Errorf("start lab host: %w", err)
 	}
 	if err := host.boot(ctx); err != nil {
-		err = fmt.Errorf("start lab host %s: %w\n%s", host.Name, err, host.console())
+		err = fmt.Errorf("start lab host %s: %w\n%s", host.Name, err, host.console(context.WithoutCancel(ctx)))
 		return nil, errors.Join(err, host.Destroy(context.WithoutCancel(ctx)))
 	}
 	return host, nil
@@ -224,9 +225,7 @@ func (l *Lab) bootOrder(root string, opts HostOptions) (bootOrder, string, error
 			"root/.ssh/authorized_keys": string(ssh.MarshalAuthorizedKey(l.key.PublicKey())),
 		},
 	}
-	for path, text := range opts.Files {
-		order.Files[path] = text
-	}
+	maps.Copy(order.Files, opts.Files)
 	if opts.NoPodman {
 		order.Remove = append(order.Remove, "usr/bin/podman",
 			"usr/lib/systemd/system/podman.socket", "usr/lib/systemd/system/podman.service")
@@ -247,8 +246,7 @@ func makeDisk(ctx context.Context, image string, sizeMiB int) error {
 	if err := errors.Join(file.Truncate(int64(sizeMiB)<<20), file.Close()); err != nil {
 		return err
 	}
-	_, err = run(ctx, "", "mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard", image)
-	return err
+	return run(ctx, "", "mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard", image)
 }
 
 // dir is the host's state directory.
@@ -303,7 +301,7 @@ func (h *Host) startInit(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer console.Close() //nolint:errcheck // the child has its own descriptor
+	defer console.Close()
 	tree, err := openCgroupTree()
 	if err != nil {
 		return err
@@ -319,12 +317,12 @@ func (h *Host) startInit(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	defer group.Close() //nolint:errcheck // opened for clone only
+	defer group.Close()
 	report, reportWrite, err := os.Pipe()
 	if err != nil {
 		return err
 	}
-	defer report.Close() //nolint:errcheck // opened for reading only
+	defer report.Close()
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = []string{helperEnv + "=" + order}
 	cmd.Stdout, cmd.Stderr = console, console
@@ -379,7 +377,7 @@ func (l *Lab) sshAnswers(ctx context.Context, addr string) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close() //nolint:errcheck // nothing was written to it
+	defer conn.Close()
 	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
 		return err
 	}
@@ -526,7 +524,7 @@ func killOthers(group string, nsenter *os.Process) error {
 		return err
 	}
 	killed := false
-	for _, field := range strings.Fields(string(text)) {
+	for field := range strings.FieldsSeq(string(text)) {
 		pid, err := strconv.Atoi(field)
 		if err != nil {
 			return err
@@ -546,12 +544,12 @@ func killOthers(group string, nsenter *os.Process) error {
 }
 
 // console returns what is known of a boot that failed.
-func (h *Host) console() string {
+func (h *Host) console(ctx context.Context) string {
 	var text strings.Builder
 	if log, err := os.ReadFile(filepath.Join(h.dir(), "console.log")); err == nil && len(log) > 0 {
 		fmt.Fprintf(&text, "console:\n%s\n", lastLines(string(log), 20))
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	if jobs, err := h.Exec(ctx, "systemctl", "list-jobs", "--no-legend"); err == nil {
 		fmt.Fprintf(&text, "jobs:\n%s", jobs)

@@ -247,7 +247,7 @@ func TestCutOffIsSilentAndRestoreGoesOn(t *testing.T) {
 	h := lab.NewHost(t, lab.HostOptions{})
 	conn, err := h.Lab().Dial(t.Context(), "tcp", h.Addr.String()+":22")
 	ok(t, err)
-	defer conn.Close() //nolint:errcheck // nothing is lost
+	defer conn.Close()
 	banner := make([]byte, 4)
 	_, err = io.ReadFull(conn, banner)
 	ok(t, err)
@@ -286,7 +286,7 @@ func TestResetConnectionsIsSeenByTheClient(t *testing.T) {
 	h := lab.NewHost(t, lab.HostOptions{})
 	conn, err := h.Lab().Dial(t.Context(), "tcp", h.Addr.String()+":22")
 	ok(t, err)
-	defer conn.Close() //nolint:errcheck // it is broken
+	defer conn.Close()
 	_, err = conn.Read(make([]byte, 1024))
 	ok(t, err)
 	ok(t, h.ResetConnections(t.Context()))

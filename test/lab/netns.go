@@ -42,46 +42,45 @@ func vethName(index int) string { return fmt.Sprintf("host%d", index) }
 // netnsPath is where iproute2 keeps the named network namespace.
 func netnsPath(name string) string { return filepath.Join(netnsDir, name) }
 
-// run runs a program of the machine and returns its output, with standard error
-// and the command in the error.
-func run(ctx context.Context, stdin, program string, args ...string) (string, error) {
+// run runs a program of the machine. The error holds the command and what it
+// printed on standard error.
+func run(ctx context.Context, stdin, program string, args ...string) error {
 	path, err := need(program)
 	if err != nil {
-		return "", err
+		return err
 	}
 	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Stdin = strings.NewReader(stdin)
-	var stdout, stderr strings.Builder
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
 	if err := cmd.Run(); err != nil {
-		return stdout.String(), fmt.Errorf("%s %s: %w: %s", program, strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
+		return fmt.Errorf("%s %s: %w: %s", program, strings.Join(args, " "), err, strings.TrimSpace(stderr.String()))
 	}
-	return stdout.String(), nil
+	return nil
 }
 
 // addLabNetwork makes the lab's namespace and its bridge.
 func addLabNetwork(ctx context.Context, lab string) error {
-	if _, err := run(ctx, "", "ip", "netns", "add", lab); err != nil {
+	if err := run(ctx, "", "ip", "netns", "add", lab); err != nil {
 		return err
 	}
-	_, err := run(ctx, strings.Join([]string{
+	return run(ctx, strings.Join([]string{
 		"link set lo up",
 		"link add " + bridgeName + " address " + bridgeMAC + " type bridge stp_state 0 forward_delay 0 mcast_snooping 0",
 		fmt.Sprintf("address add %s/%d dev %s", labAddr(), labPrefix().Bits(), bridgeName),
 		"link set " + bridgeName + " up",
 	}, "\n"), "ip", "-n", lab, "-batch", "-")
-	return err
 }
 
 // addHostNetwork makes a host's namespace and its cable to the lab's bridge.
 // The neighbour entries are permanent, so that a host that is cut off is silent
 // ("half-open") and not unreachable, as it would be behind a router.
 func addHostNetwork(ctx context.Context, lab, netns string, index int) error {
-	if _, err := run(ctx, "", "ip", "netns", "add", netns); err != nil {
+	if err := run(ctx, "", "ip", "netns", "add", netns); err != nil {
 		return err
 	}
 	addr := hostAddr(index)
-	_, err := run(ctx, strings.Join([]string{
+	err := run(ctx, strings.Join([]string{
 		fmt.Sprintf("link add %s type veth peer name eth0 address %s netns %s", vethName(index), hostMAC(index), netns),
 		fmt.Sprintf("link set %s master %s up", vethName(index), bridgeName),
 		fmt.Sprintf("neigh replace %s lladdr %s dev %s nud permanent", addr, hostMAC(index), bridgeName),
@@ -89,14 +88,13 @@ func addHostNetwork(ctx context.Context, lab, netns string, index int) error {
 	if err != nil {
 		return err
 	}
-	_, err = run(ctx, strings.Join([]string{
+	return run(ctx, strings.Join([]string{
 		"link set lo up",
 		fmt.Sprintf("address add %s/%d dev eth0", addr, labPrefix().Bits()),
 		"link set eth0 up",
 		fmt.Sprintf("neigh replace %s lladdr %s dev eth0 nud permanent", labAddr(), bridgeMAC),
 		fmt.Sprintf("route add default via %s", labAddr()),
 	}, "\n"), "ip", "-n", netns, "-batch", "-")
-	return err
 }
 
 // removeHostNetwork takes a host's cable and namespace away. What is gone
@@ -105,7 +103,7 @@ func removeHostNetwork(ctx context.Context, lab, netns string, index int) error 
 	if exists(netnsPath(lab)) {
 		// The namespace's end would remove the cable too, but some time later,
 		// and a reboot makes a new one with the same name.
-		if _, err := run(ctx, "", "ip", "-n", lab, "link", "del", vethName(index)); err != nil &&
+		if err := run(ctx, "", "ip", "-n", lab, "link", "del", vethName(index)); err != nil &&
 			!strings.Contains(err.Error(), "Cannot find device") {
 			return err
 		}
@@ -118,8 +116,7 @@ func removeNetns(ctx context.Context, name string) error {
 	if !exists(netnsPath(name)) {
 		return nil
 	}
-	_, err := run(ctx, "", "ip", "netns", "del", name)
-	return err
+	return run(ctx, "", "ip", "netns", "del", name)
 }
 
 // inNetns calls f on a thread that is in the named network namespace. Sockets
@@ -134,7 +131,7 @@ func inNetns(name string, f func() error) error {
 			result <- err
 			return
 		}
-		defer ns.Close() //nolint:errcheck // opened for reading only
+		defer ns.Close()
 		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
 			result <- fmt.Errorf("enter network namespace %s: %w", name, err)
 			return

@@ -254,7 +254,7 @@ func NewHost(t testing.TB, opts HostOptions) *Host {
 	t.Logf("host %s at %s booted in %.2f s", host.Name, host.Addr, host.BootTime.Seconds())
 	t.Cleanup(func() {
 		// The test's own context has ended.
-		ctx, cancel := context.WithTimeout(context.Background(), closeLimit)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), closeLimit)
 		defer cancel()
 		if t.Failed() && host.Running() {
 			if journal, err := host.Journal(ctx); err == nil {

@@ -175,6 +175,7 @@ func build(ctx context.Context, kind Kind, opts Options) (Image, error) {
 		image.Config.Labels = map[string]string{"org.opencontainers.image.title": "configured"}
 		image.Files = append(image.Files,
 			File{Path: "srv/", Mode: 0o755}, File{Path: "srv/work/", Mode: 0o755, UID: 1234, GID: 50})
+	default: // nothing more
 	}
 	return image, nil
 }
@@ -204,7 +205,7 @@ func shellFiles(root string) ([]File, error) {
 		{Path: "usr/bin/env", Mode: 0o777, Link: "../../bin/busybox"},
 		{Path: "var/", Mode: 0o755},
 	}
-	for _, name := range strings.Fields(applets) {
+	for name := range strings.FieldsSeq(applets) {
 		files = append(files, File{Path: "bin/" + name, Mode: 0o777, Link: "busybox"})
 	}
 	return files, nil

@@ -24,7 +24,7 @@ func readArchive(t *testing.T, path string) map[string][]byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer file.Close() //nolint:errcheck // opened for reading only
+	defer file.Close()
 	files := map[string][]byte{}
 	for archive := tar.NewReader(file); ; {
 		head, err := archive.Next()
