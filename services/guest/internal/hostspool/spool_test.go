@@ -253,10 +253,10 @@ ip link set lo up
 nft -f - <<'END'
 table inet cb_lab {
 	set %[1]s { type ifname; counter; elements = { "lo", "cbother" } }
-	set %[2]s { type ifname; elements = { "lo" counter } }
+	set %[2]s { type ifname; flags dynamic; }
 	set other { type inet_service; flags interval, timeout; elements = { 22, 80-90 timeout 60s } }
 	chain in { type filter hook input priority 0; iifname @%[1]s accept; }
-	chain out { type filter hook output priority 0; oifname @%[2]s accept; }
+	chain out { type filter hook output priority 0; oifname "lo" update @%[2]s { oifname counter } accept; }
 }
 END
 printf x >/dev/udp/127.0.0.1/9

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -32,7 +33,15 @@ func Run(path string, argv []string) (int, error) {
 		syscall.SIGUSR2)
 	defer signal.Stop(forward)
 
-	pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 1, 2}})
+	// Where this isn't PID 1, nothing else would end the child if this process were killed. The signal comes at the end
+	// of the thread that forked, so that has to live as long as the process does.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{
+		Env:   os.Environ(),
+		Files: []uintptr{0, 1, 2},
+		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
+	})
 	if err != nil {
 		return 0, fmt.Errorf("start %s: %w", path, err)
 	}
