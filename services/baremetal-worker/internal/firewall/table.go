@@ -232,12 +232,12 @@ func (g Grant) elements(with string) []string {
 	if g.Restricted {
 		out = append(out, fmt.Sprintf("restricted { %q }", g.Interface))
 		four, six := split(g.Allow)
-		for set, prefixes := range map[string][]netip.Prefix{"allow4": four, "allow6": six} {
-			for _, p := range prefixes {
-				out = append(out, fmt.Sprintf("%s { %q . %s }", set, g.Interface, p))
-			}
+		for _, p := range four {
+			out = append(out, fmt.Sprintf("allow4 { %q . %s }", g.Interface, p))
 		}
-		slices.Sort(out)
+		for _, p := range six {
+			out = append(out, fmt.Sprintf("allow6 { %q . %s }", g.Interface, p))
+		}
 	}
 	return out
 }

@@ -322,6 +322,14 @@ func (f *FS) Chtimes(ctx context.Context, name string, accessed, modified time.T
 	return err
 }
 
+// BootID returns what the host's kernel calls this boot; it's another one after
+// a reboot, when all transient units are gone.
+func (f *FS) BootID(ctx context.Context) (string, error) {
+	const file, limit = "/proc/sys/kernel/random/boot_id", 64
+	data, err := f.ReadFile(ctx, file, limit)
+	return strings.TrimSpace(string(data)), err
+}
+
 // Space is what a file system has left for root.
 type Space struct {
 	// Bytes are free, Total is the file system's size.

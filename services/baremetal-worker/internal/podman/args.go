@@ -78,7 +78,7 @@ type IDMap struct {
 	Base, Size uint32
 }
 
-// RunSpec is a container to run in the foreground of a systemd unit. All its
+// RunSpec is a container to run as a systemd unit. All its
 // values reach podman as values: none can become an option, another value, or
 // anything to a shell.
 type RunSpec struct {
@@ -115,6 +115,9 @@ type RunSpec struct {
 	// SDNotifyConmon reports to systemd that it runs, for a unit of type
 	// notify.
 	SDNotifyConmon bool
+	// Detach lets podman itself end once the container runs: its monitor is
+	// the unit's main process then, which saves some 40 MB a container.
+	Detach bool
 	// LogPath is the file for its output (format k8s-file); empty: none is
 	// kept. LogMaxBytes limits it.
 	LogPath     string
@@ -200,6 +203,9 @@ func RunArgs(s RunSpec) ([]string, error) {
 	}
 	if s.SDNotifyConmon {
 		add("--sdnotify=conmon")
+	}
+	if s.Detach {
+		add("--detach")
 	}
 	add("--pids-limit=" + strconv.FormatUint(uint64(s.PidsLimit), 10))
 	if s.IDMap != nil {
@@ -383,6 +389,13 @@ func NetworkCreateArgs(s NetworkSpec) ([]string, error) {
 		args = append(args, "--label="+k+"="+s.Labels[k])
 	}
 	return append(args, "--", s.Name), errors.Join(errs...)
+}
+
+// StopArgs renders the orderly stop of a container, there or not: SIGTERM, and
+// SIGKILL after the grace.
+func StopArgs(e Engine, name string, graceSeconds uint32) ([]string, error) {
+	args, err := e.args()
+	return append(args, "stop", "--ignore", "--time="+strconv.FormatUint(uint64(graceSeconds), 10), "--", name), errors.Join(err, match(nameRegexp, "container name", name))
 }
 
 // RemoveArgs renders the removal of a container, running or not, there or not.

@@ -1,0 +1,494 @@
+package hostbackend
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/crypto/ssh"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/firewall"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/hostfs"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/podman"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/systemd"
+)
+
+// Limits of what a probe accepts.
+const (
+	// maxClockSkew: deadlines are kept by the host's clock, and the contract
+	// allows an instance to outlive its own by 60 s.
+	maxClockSkew = 60 * time.Second
+	// minSystemd is Debian 12's; the unit's properties are all known to it.
+	minSystemd = 252
+	// minPodman: additional image stores with id-mapped layers, split cgroups.
+	minPodman = 4
+	// minFree is the least room on the disk of the state directory, in bytes.
+	minFree = 1 << 30
+)
+
+// Pauses before a host that can't be used is looked at again.
+const (
+	retryProbe = 2 * time.Second
+	retryUnfit = 30 * time.Second
+)
+
+const (
+	maxRecordBytes = 64 << 10
+	maxGuestBytes  = 256 << 20
+)
+
+// host is one of the operator's machines: its connection, what speaks over it,
+// and what was found there.
+type host struct {
+	config  HostConfig
+	backend *Backend
+	log     *slog.Logger
+	conn    *sshconn.Conn
+	fs      *hostfs.FS
+	bus     *systemd.Client
+	podman  *podman.Client
+	nft     *firewall.Firewall
+	images  *imageCache
+
+	mu      sync.Mutex // protects the fields below
+	found   *facts     // nil while the host isn't ready
+	problem error      // why it isn't
+	changed chan struct{}
+}
+
+// facts is what a probe found out about a host.
+type facts struct {
+	generation uint64
+	bootID     string
+	guest      string // path of the guest binary
+	imageStore string // directory of podman's own store
+	firewalld  bool
+}
+
+func newHost(ctx context.Context, b *Backend, c HostConfig) (*host, error) {
+	signer, err := ssh.ParsePrivateKey(c.KeyFile.Secret().Expose())
+	if err != nil {
+		return nil, fmt.Errorf("host %s: key_file: %w", c.Name, err)
+	}
+	var pinned []ssh.PublicKey
+	for _, line := range c.HostKeys {
+		key, err := sshkey.ParsePublicKey(line)
+		if err != nil {
+			return nil, fmt.Errorf("host %s: host_keys: %w", c.Name, err)
+		}
+		pinned = append(pinned, key.SSH())
+	}
+	h := &host{config: c, backend: b, log: b.log.With("host", c.Name), problem: errors.New("not connected yet"), changed: make(chan struct{})}
+	h.conn, err = sshconn.Open(ctx, sshconn.Config{Name: c.Name, Address: c.Address, User: c.User, Key: signer, HostKeys: pinned}, b.log)
+	if err != nil {
+		return nil, err
+	}
+	first, last, err := c.ports()
+	if err != nil {
+		return nil, err
+	}
+	h.nft, err = firewall.New(h.conn, firewall.Table{Bridge: b.env.BridgeID, FirstPort: first, LastPort: last, InterfacePrefix: interfacePrefix, Denied: b.denied})
+	if err != nil {
+		return nil, err
+	}
+	h.fs = hostfs.New(h.conn)
+	h.bus = systemd.Open(ctx, h.conn, b.log)
+	h.podman = podman.New(h.conn)
+	h.images = newImageCache(h)
+	return h, nil
+}
+
+func (h *host) close() {
+	h.podman.Close()
+	_ = h.bus.Close() // the connection ends next
+	_ = h.conn.Close()
+}
+
+// follow keeps the host ready: whenever the connection is new it probes the
+// host and takes up what runs there. It returns when ctx ends.
+func (h *host) follow(ctx context.Context) {
+	for ctx.Err() == nil {
+		state, changed := h.conn.Changed()
+		var again <-chan time.Time
+		switch {
+		case !state.Connected:
+			err := state.LastError
+			if err == nil {
+				err = errors.New("not connected yet")
+			}
+			h.notReady(err)
+		case !h.readyAt(state.Generation):
+			found, err := h.probe(ctx)
+			if err == nil {
+				found.generation = state.Generation
+				err = h.takeUp(ctx)
+			}
+			if err != nil {
+				h.notReady(err)
+				pause := retryProbe
+				if unfit(err) {
+					pause = retryUnfit
+				}
+				timer := time.NewTimer(pause)
+				defer timer.Stop()
+				again = timer.C
+				break
+			}
+			h.isReady(found)
+		}
+		select {
+		case <-changed:
+		case <-again:
+		case <-ctx.Done():
+		}
+	}
+	h.notReady(errors.New("the worker is stopping"))
+}
+
+func unfit(err error) bool {
+	var mismatch *sshconn.HostKeyMismatchError
+	var auth *sshconn.AuthError
+	return errors.As(err, &mismatch) || errors.As(err, &auth) || backenderr.Is(err, backenderr.HostUnfit, backenderr.ClockSkew)
+}
+
+func (h *host) readyAt(generation uint64) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.found != nil && h.found.generation == generation
+}
+
+func (h *host) isReady(found *facts) {
+	h.log.Info("Host is ready", "firewalld", found.firewalld)
+	h.backend.inventory.SetUsable(h.config.Name)
+	h.set(found, nil)
+}
+
+func (h *host) notReady(err error) {
+	if unfit(err) {
+		h.backend.inventory.SetUnfit(h.config.Name, err.Error())
+	} else {
+		h.backend.inventory.SetUnreachable(h.config.Name, err.Error())
+	}
+	h.mu.Lock()
+	known := h.found == nil && h.problem != nil && h.problem.Error() == err.Error()
+	h.mu.Unlock()
+	if known {
+		return
+	}
+	h.log.Warn("Host is not ready", "error", err.Error())
+	h.set(nil, err)
+}
+
+func (h *host) set(found *facts, problem error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.found, h.problem = found, problem
+	close(h.changed)
+	h.changed = make(chan struct{})
+}
+
+// ready returns what is known of the host, or why it can't be used now.
+func (h *host) ready() (*facts, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.found == nil {
+		return nil, h.unavailable(h.problem)
+	}
+	return h.found, nil
+}
+
+// wait blocks until the host is ready.
+func (h *host) wait(ctx context.Context) (*facts, error) {
+	for {
+		h.mu.Lock()
+		found, problem, changed := h.found, h.problem, h.changed
+		h.mu.Unlock()
+		if found != nil {
+			return found, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return nil, h.unavailable(errors.Join(problem, ctx.Err()))
+		}
+	}
+}
+
+func (h *host) unavailable(err error) error {
+	reason := backenderr.ProviderUnavailable
+	if unfit(err) {
+		reason = backenderr.HostUnfit
+	}
+	return backenderr.Wrap(reason, err, "host %s", h.config.Name).WithRetryAfter(retryUnfit)
+}
+
+// probe finds out whether the host has all that a grant needs, and sets up what
+// all grants share.
+func (h *host) probe(ctx context.Context) (*facts, error) {
+	if err := h.bus.Wait(ctx); err != nil {
+		return nil, err
+	}
+	version, err := h.bus.Version(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if n := leadingNumber(version); n < minSystemd {
+		return nil, h.unfit("systemd %s is older than %d", version, minSystemd)
+	}
+	if missing, err := h.missingPrograms(ctx); err != nil {
+		return nil, err
+	} else if len(missing) > 0 {
+		return nil, h.unfit("missing on the host: %s", strings.Join(missing, ", "))
+	}
+	if err := h.bus.Start(ctx, "podman.socket"); err != nil {
+		return nil, fmt.Errorf("start podman.socket: %w", err)
+	}
+	podmanVersion, err := h.podman.Version(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if leadingNumber(podmanVersion) < minPodman {
+		return nil, h.unfit("podman %s is older than %d", podmanVersion, minPodman)
+	}
+	clock, err := h.conn.Clock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if skew := clock.Offset.Abs() - clock.Uncertainty; skew > maxClockSkew {
+		return nil, backenderr.New(backenderr.ClockSkew, "host %s: its clock is %s off ours; at most %s is allowed, for deadlines are kept by it",
+			h.config.Name, clock.Offset.Round(time.Second), maxClockSkew)
+	}
+	found := &facts{}
+	boot, err := h.fs.ReadFile(ctx, "/proc/sys/kernel/random/boot_id", 128)
+	if err != nil {
+		return nil, err
+	}
+	found.bootID = strings.TrimSpace(string(boot))
+	if found.imageStore, err = h.podman.GraphRoot(ctx); err != nil {
+		return nil, err
+	}
+	if found.firewalld, err = firewall.NewFirewalld(h.bus).Active(ctx); err != nil {
+		return nil, err
+	}
+	if err := h.setUp(ctx, found); err != nil {
+		return nil, err
+	}
+	return found, nil
+}
+
+// setUp makes what all grants share: directories, guest binary, firewall.
+func (h *host) setUp(ctx context.Context, found *facts) error {
+	d := h.backend.dirs
+	for _, dir := range []hostfs.Base{d.base, d.guest, d.cache, d.grants} {
+		if err := h.fs.MkdirAll(ctx, dir.String(), 0o711); err != nil {
+			return err
+		}
+	}
+	space, err := h.fs.Free(ctx, d.base.String())
+	if err != nil {
+		return err
+	}
+	if space.Bytes < minFree {
+		return h.unfit("%s has %d MiB free; at least %d MiB are needed", d.base, space.Bytes>>20, minFree>>20)
+	}
+	if found.guest, err = h.putGuest(ctx); err != nil {
+		return err
+	}
+	script, err := h.nft.Table().Script()
+	if err != nil {
+		return err
+	}
+	if err := h.fs.WriteFile(ctx, h.firewallScript(), []byte(script), 0o600); err != nil {
+		return err
+	}
+	return h.nft.Ensure(ctx)
+}
+
+func (h *host) firewallScript() string { return h.backend.dirs.base.String() + "/firewall.nft" }
+
+// putGuest brings the guest binary to the host, under its own hash, and checks
+// what is there by the host's own sha256sum.
+func (h *host) putGuest(ctx context.Context) (string, error) {
+	data, sum := h.backend.guest, h.backend.guestSum
+	name, err := h.backend.dirs.guest.Join(sum)
+	if err != nil {
+		return "", err
+	}
+	if ok, err := h.hasSum(ctx, name, sum); err != nil || ok {
+		return name, err
+	}
+	if _, err := h.fs.Upload(ctx, name, 0o755, bytes.NewReader(data), nil); err != nil {
+		return "", err
+	}
+	ok, err := h.hasSum(ctx, name, sum)
+	if err == nil && !ok {
+		err = h.unfit("%s has another hash than what was written", name)
+	}
+	return name, err
+}
+
+func (h *host) hasSum(ctx context.Context, name, want string) (bool, error) {
+	exists, err := h.fs.Exists(ctx, name)
+	if err != nil || !exists {
+		return false, err
+	}
+	result, err := h.conn.Run(ctx, sshconn.Command{Args: []string{"sha256sum", "--", name}})
+	if err != nil {
+		return false, err
+	}
+	if err := result.Err("sha256sum"); err != nil {
+		return false, backenderr.Wrap(backenderr.HostUnfit, err, "host %s", h.config.Name)
+	}
+	got, _, _ := strings.Cut(string(result.Stdout), " ")
+	return got == want, nil
+}
+
+// missingPrograms names what a grant's unit needs and the host lacks.
+func (h *host) missingPrograms(ctx context.Context) ([]string, error) {
+	var missing []string
+	for _, p := range []struct{ path, why string }{
+		{podman.DefaultBinary, "package podman"},
+		{firewall.DefaultBinary, "package nftables"},
+		{mkfsProgram, "package e2fsprogs"},
+		{mountProgram, "package mount"},
+		{umountProgram, "package mount"},
+		{truncateProgram, "package coreutils"},
+		{rmProgram, "package coreutils"},
+		{"/dev/loop-control", "kernel's loop devices, for the grants' disks"},
+	} {
+		switch exists, err := h.fs.Exists(ctx, p.path); {
+		case err != nil:
+			return nil, err
+		case !exists:
+			missing = append(missing, p.path+" ("+p.why+")")
+		}
+	}
+	return missing, nil
+}
+
+// takeUp restores the reservations of the grants that are on the host, and lets
+// go of those that no longer are.
+func (h *host) takeUp(ctx context.Context) error {
+	records, err := h.records(ctx)
+	if err != nil {
+		return err
+	}
+	present := map[backend.GrantID]bool{}
+	for _, r := range records {
+		present[r.GrantID] = true
+		h.backend.inventory.Restore(r.reservation(r.GrantID))
+		h.images.use(r.GrantID, r.Image)
+	}
+	for _, id := range h.backend.inventory.Held(h.config.Name) {
+		if !present[id] && !h.backend.isWorking(id) {
+			h.backend.inventory.Release(id)
+			h.images.release(id)
+		}
+	}
+	return nil
+}
+
+// records reads the grant.json of every grant on the host. A directory without
+// one is a grant whose first file wasn't written, or whose last was just
+// deleted; it has a record with nothing but its id.
+func (h *host) records(ctx context.Context) ([]record, error) {
+	entries, err := h.fs.ReadDir(ctx, h.backend.dirs.grants.String())
+	if err != nil {
+		return nil, err
+	}
+	var out []record
+	for _, e := range entries {
+		id, err := backend.ParseGrantID(e.Name())
+		if err != nil {
+			continue // not ours
+		}
+		r, err := h.record(ctx, id)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			r = record{GrantID: id, CreatedAt: e.ModTime()}
+			r.Host = h.config.Name
+		case err != nil:
+			return nil, err
+		}
+		out = append(out, r)
+	}
+	return out, nil
+}
+
+func (h *host) record(ctx context.Context, id backend.GrantID) (record, error) {
+	data, err := h.fs.ReadFile(ctx, h.backend.dirs.grant(id)+"/"+recordFile, maxRecordBytes)
+	if err != nil {
+		return record{}, err
+	}
+	r, err := unmarshalRecord(data)
+	if err != nil {
+		return record{}, backenderr.Wrap(backenderr.HostUnfit, err, "host %s: grant %s", h.config.Name, id)
+	}
+	return r, nil
+}
+
+func (h *host) unfit(format string, args ...any) error {
+	return backenderr.New(backenderr.HostUnfit, "host %s: %s", h.config.Name, fmt.Sprintf(format, args...))
+}
+
+// sshEndpoint is where the worker itself reaches a published port.
+func (h *host) sshEndpoint(port uint16) string {
+	name, _, err := net.SplitHostPort(h.config.Address)
+	if err != nil {
+		name = h.config.Address // validated
+	}
+	return net.JoinHostPort(name, strconv.Itoa(int(port)))
+}
+
+func leadingNumber(s string) int {
+	end := strings.IndexFunc(s, func(r rune) bool { return r < '0' || r > '9' })
+	if end < 0 {
+		end = len(s)
+	}
+	n, _ := strconv.Atoi(s[:end]) // 0 is too old for everything
+	return n
+}
+
+// readGuest reads the guest binary and its hash.
+func readGuest(path string) (data []byte, sum string, err error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, "", err
+	}
+	if info.Size() > maxGuestBytes {
+		return nil, "", fmt.Errorf("%s has %d bytes; that is no guest binary", path, info.Size())
+	}
+	if data, err = os.ReadFile(path); err != nil {
+		return nil, "", err
+	}
+	hash := sha256.Sum256(data)
+	return data, hex.EncodeToString(hash[:]), nil
+}
+
+func parsePrefixes(all []string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, s := range all {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, p)
+	}
+	return out, nil
+}
