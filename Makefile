@@ -113,10 +113,18 @@ lint: $(GOLANGCI_LINT) $(BUF) $(PROTO_DEPS) ## Lint and check the format of Go c
 	done; \
 	if [[ -n $$failed ]]; then echo "lint failed in:$$failed" >&2; exit 1; fi
 
+# Agreeing on versions can change what is tidy, hence twice.
+TIDY = for module in $(MODULES); do echo "tidy $${module\#$(CURDIR)/}"; (cd "$$module" && GOWORK=off go mod tidy); done
+
+.PHONY: fix
+fix: $(GOLANGCI_LINT) ## Let the linters repair what they can
+	@for module in $(MODULES); do echo "fix $${module#$(CURDIR)/}"; (cd "$$module" && $(GOLANGCI_LINT) run --fix) || true; done
+
 .PHONY: tidy
 tidy: ## Tidy every module and agree on versions in the workspace
-	@for module in $(MODULES); do echo "tidy $${module#$(CURDIR)/}"; (cd "$$module" && GOWORK=off go mod tidy); done
+	@$(TIDY)
 	go work sync
+	@$(TIDY)
 
 # --- Build ------------------------------------------------------------------
 
