@@ -12,7 +12,7 @@ type UnitStatus struct {
 	// Name is the unit's.
 	Name string
 	// LoadState is "not-found" for a unit that isn't there: never started, or
-	// ended and collected.
+	// ended and collected. Who watched it end still gets here how it ended.
 	LoadState string
 	// ActiveState is "active", "activating", "deactivating", "inactive",
 	// "failed", ….
@@ -69,7 +69,7 @@ func missing(name string) UnitStatus {
 // statusKeys are the properties that statusOf reads.
 func statusKeys() []string {
 	return []string{
-		"LoadState", "ActiveState", "SubState", "Result", "ExecMainCode", "ExecMainStatus", "ConditionResult", "MainPID", "InvocationID",
+		"LoadState", "ActiveState", "SubState", "Result", "ExecMainCode", "ExecMainStatus", "ConditionResult", "ConditionTimestamp", "MainPID", "InvocationID",
 		"ActiveEnterTimestamp", "ActiveExitTimestamp", "StateChangeTimestamp", "CPUUsageNSec", "MemoryPeak", "MemoryCurrent", "IOReadBytes", "IOWriteBytes",
 	}
 }
@@ -97,7 +97,7 @@ func statusOf(name string, props map[string]dbus.Variant) UnitStatus {
 		IOReadBytes:     counter(props, "IOReadBytes"),
 		IOWriteBytes:    counter(props, "IOWriteBytes"),
 	}
-	if s.LoadState == notFound {
+	if s.LoadState == notFound && s.ActiveState == "" {
 		return missing(name)
 	}
 	return s

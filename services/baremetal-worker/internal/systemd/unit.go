@@ -7,6 +7,7 @@ import (
 	"path"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/godbus/dbus/v5"
 )
@@ -201,8 +202,9 @@ func execCommands(execs []Exec) ([]execCommand, error) {
 			return nil, fmt.Errorf("program of %q is not an absolute path", e.Args)
 		}
 		for _, a := range e.Args {
-			if strings.IndexByte(a, 0) >= 0 {
-				return nil, fmt.Errorf("argument %q has a NUL byte", a)
+			// D-Bus knows only text.
+			if strings.IndexByte(a, 0) >= 0 || !utf8.ValidString(a) {
+				return nil, fmt.Errorf("argument %q has a NUL byte or is not UTF-8", a)
 			}
 		}
 		flags := []string{"no-env-expand"}
@@ -217,6 +219,9 @@ func execCommands(execs []Exec) ([]execCommand, error) {
 // checkText refuses what would not survive in the unit file that systemd keeps
 // of a transient unit.
 func checkText(s string) error {
+	if !utf8.ValidString(s) {
+		return fmt.Errorf("%q is not UTF-8", s)
+	}
 	for i := range len(s) {
 		if s[i] < ' ' || s[i] == 0x7f {
 			return fmt.Errorf("%q has a control character", s)

@@ -21,7 +21,7 @@ func unitPath(name string) dbus.ObjectPath {
 type jobWaiter struct {
 	bus     *bus
 	results map[dbus.ObjectPath]string // jobs of the unit that ended since the wait began
-	unmet   bool                       // the unit's conditions were checked and didn't hold
+	props   map[string]dbus.Variant    // of the unit, as far as signals told them
 	wake    chan struct{}              // capacity 1
 	lost    bool
 }
@@ -73,19 +73,17 @@ func (c *Client) job(ctx context.Context, name, verb string, call func(context.C
 	for {
 		c.mu.Lock()
 		result, over := w.results[job]
-		lost, unmet := w.lost, w.unmet
+		lost, props := w.lost, w.props
 		c.mu.Unlock()
+		unmet := value[uint64](props, "ConditionTimestamp") > 0 && !value[bool](props, "ConditionResult")
 		switch {
 		case over && result == "done" && unmet && verb == "start":
 			return ErrConditionFailed
 		case over && result == "done":
 			return nil
 		case over:
-			status, err := c.Status(ctx, name)
-			if err != nil {
-				status = missing(name)
-			}
-			return &JobError{Unit: name, Result: result, Status: status}
+			// Not asked for: the unit may be collected already.
+			return &JobError{Unit: name, Result: result, Status: statusOf(name, props)}
 		case lost:
 			return backenderr.New(backenderr.ProviderUnavailable, "host %s: systemd: %s: connection lost before the job ended", c.conn.Name(), doing)
 		}
@@ -213,27 +211,38 @@ func (w *watch) apply(s unitSignal) bool {
 	if s.sequence <= w.since {
 		return false
 	}
-	if s.changed == nil {
-		w.props = map[string]dbus.Variant{"LoadState": dbus.MakeVariant(notFound)}
-		return true
-	}
-	props := maps.Clone(w.props)
+	var relevant bool
+	w.props, relevant = merge(w.props, s.changed)
+	return relevant
+}
+
+// merge returns properties with changes, or after the removal of the unit, and
+// whether that makes a difference. How a unit ended stays known when it's
+// removed: with CollectMode, systemd tells both in one breath.
+func merge(old, changed map[string]dbus.Variant) (map[string]dbus.Variant, bool) {
+	props := maps.Clone(old)
 	if props == nil {
 		props = map[string]dbus.Variant{}
 	}
+	if changed == nil {
+		props["LoadState"] = dbus.MakeVariant(notFound)
+		if state := value[string](props, "ActiveState"); state != "failed" && state != "" {
+			props["ActiveState"], props["SubState"] = dbus.MakeVariant("inactive"), dbus.MakeVariant("dead")
+		}
+		return props, true
+	}
 	relevant := false
 	for _, key := range statusKeys() {
-		if v, ok := s.changed[key]; ok {
+		if v, ok := changed[key]; ok {
 			props[key] = v
 			relevant = true
 		}
 	}
-	if _, ok := s.changed["ActiveState"]; ok && value[string](props, "LoadState") == notFound {
-		// It is back. Systemd doesn't say "loaded" again, but this is.
+	if _, ok := changed["ActiveState"]; ok && value[string](props, "LoadState") != "loaded" {
+		// It is there. Systemd doesn't say "loaded", but this.
 		props["LoadState"] = dbus.MakeVariant("loaded")
 	}
-	w.props = props
-	return relevant
+	return props, relevant
 }
 
 // dispatch handles signals until the connection ends.
@@ -279,14 +288,10 @@ func (c *Client) handle(s *dbus.Signal) {
 		if dbus.Store(s.Body, &iface, &changed, &invalidated) != nil {
 			return
 		}
-		if result, ok := changed["ConditionResult"].Value().(bool); ok && len(c.jobs) > 0 {
-			at := value[uint64](changed, "ConditionTimestamp")
-			for unit, waiters := range c.jobs {
-				if unitPath(unit) != s.Path {
-					continue
-				}
+		for unit, waiters := range c.jobs {
+			if unitPath(unit) == s.Path {
 				for _, w := range waiters {
-					w.unmet = at > 0 && !result
+					w.props, _ = merge(w.props, changed)
 				}
 			}
 		}
