@@ -8,7 +8,21 @@
 // [ContainerConfigPath], then run `BINARY init -config FILE` as the container's entrypoint, as uid 0 of the container
 // (podman: --user 0:0; the image's own USER belongs in [Config.RunAs]). The image's environment reaches the workload
 // and the SSH sessions through the environment of the container; [Config.Environment] is laid over it. The container
-// ends when the workload does, with the workload's exit code.
+// ends when the workload does, with the workload's exit code. An image without a command lives until it is stopped.
+//
+// # What a requester gets
+//
+// The keys of the configuration log in as [Config.User] and as root. The user is added to the image's user database; if
+// that can't be written or isn't there, the login runs as root, which the console says once. Shell, commands, SFTP (and
+// so scp), terminals, and forwarding of ports, unix sockets (local only) and agents work as with OpenSSH's server.
+// Clients may set LANG, LANGUAGE, LC_*, TERM, COLORTERM and NO_COLOR; everything else is the image's and the grant's.
+// A login shell may read the image's /etc/profile, which on some distributions replaces the image's PATH; commands
+// don't. In an image without a shell, a command line is split as a shell would, by quotes and backslashes only, and
+// run directly.
+//
+// When a client goes away, a command with a terminal gets SIGHUP and 5 s later SIGKILL; one without is left running,
+// with its standard streams closed. When the workload ends, all sessions get SIGHUP, 1 s later SIGKILL, and their
+// results are still delivered.
 package guestapi
 
 // Paths inside the container. They are below a directory of our own, so that they can't collide with an image's files.

@@ -1,16 +1,50 @@
 package instance
 
 import (
+	"bytes"
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/pem"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
 	"strings"
+	"sync"
+	"syscall"
 	"testing"
+	"time"
 
+	"go.uber.org/goleak"
 	gossh "golang.org/x/crypto/ssh"
 
 	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
+	"github.com/compute-bridge/compute-bridge/services/guest/internal/account"
 )
+
+// patience bounds every wait; nothing waits that long unless it fails.
+const patience = 20 * time.Second
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// syncBuffer is a bytes.Buffer for concurrent use.
+type syncBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
 
 func newKey(t *testing.T) (ed25519.PrivateKey, gossh.PublicKey) {
 	t.Helper()
@@ -67,5 +101,125 @@ func TestKeysThatCannotBeUsedAreRefused(t *testing.T) {
 		if err == nil || !strings.HasPrefix(err.Error(), want) {
 			t.Errorf("got %v, want %s", err, want)
 		}
+	}
+}
+
+// start runs an instance in this process, in a root file system where all users have this process's uid.
+func start(t *testing.T, command ...string) (signals chan os.Signal, ended chan int, log *syncBuffer, dial func() *gossh.Client) {
+	t.Helper()
+	private, public := newKey(t)
+	block, err := gossh.MarshalPrivateKey(private, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	signer, err := gossh.NewSignerFromKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(root, "etc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	passwd := fmt.Sprintf("compute:x:%d:%d::/:/bin/sh\n", os.Geteuid(), os.Getegid())
+	if err := os.WriteFile(filepath.Join(root, "etc/passwd"), []byte(passwd), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := free.Addr().(*net.TCPAddr)
+	_ = free.Close()
+	signals, ended, log = make(chan os.Signal, 1), make(chan int, 1), &syncBuffer{}
+	go func() {
+		ended <- Run(Params{
+			Config: guestapi.Config{
+				Version: guestapi.ConfigVersion, HostKey: guestapi.NewHostKey(string(pem.EncodeToMemory(block))),
+				AuthorizedKeys: []string{string(gossh.MarshalAuthorizedKey(public))}, User: "compute",
+				ListenPort: address.AddrPort().Port(), Command: command, StopGraceSeconds: 1,
+			},
+			Environ:     []string{"PATH=/usr/bin:/bin"},
+			Signals:     signals,
+			Accounts:    account.Open(root),
+			SFTPCommand: []string{"/no/sftp/here"},
+			Logger:      slog.New(slog.NewTextHandler(log, nil)),
+		})
+	}()
+	return signals, ended, log, func() *gossh.Client {
+		deadline := time.Now().Add(patience)
+		for {
+			client, err := gossh.Dial("tcp", address.String(), &gossh.ClientConfig{
+				User: "compute", Auth: []gossh.AuthMethod{gossh.PublicKeys(signer)},
+				HostKeyCallback: gossh.FixedHostKey(public), Timeout: patience,
+			})
+			if err == nil {
+				t.Cleanup(func() { _ = client.Close() })
+				return client
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("no login: %v", err)
+			}
+			time.Sleep(5 * time.Millisecond)
+		}
+	}
+}
+
+func exitCode(t *testing.T, ended chan int) int {
+	t.Helper()
+	select {
+	case code := <-ended:
+		return code
+	case <-time.After(patience):
+		t.Fatal("the instance did not end")
+		return 0
+	}
+}
+
+func TestInstanceEndsWithItsWorkload(t *testing.T) {
+	_, ended, log, _ := start(t, "sh", "-c", "exit 7")
+	if code := exitCode(t, ended); code != 7 {
+		t.Errorf("exit code %d: %s", code, log)
+	}
+	_, ended, log, _ = start(t, "/no/such/workload")
+	if code := exitCode(t, ended); code != guestapi.ExitNotFound || strings.Contains(log.String(), "SSH is open") {
+		t.Errorf("exit code %d: %s", code, log)
+	}
+}
+
+func TestStoppingEndsSessionsToo(t *testing.T) {
+	trapped := filepath.Join(t.TempDir(), "trapped")
+	for name, tc := range map[string]struct {
+		command []string
+		want    int
+	}{
+		"obeys":      {[]string{"sh", "-c", "echo > " + trapped + "; exec sleep 1000"}, 143},
+		"ignores":    {[]string{"sh", "-c", "trap '' TERM; echo > " + trapped + "; while :; do sleep 0.01; done"}, 137},
+		"no command": {nil, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			_ = os.Remove(trapped)
+			signals, ended, log, dial := start(t, tc.command...)
+			client := dial()
+			deadline := time.Now().Add(patience)
+			for tc.command != nil {
+				if _, err := os.Stat(trapped); err == nil {
+					break
+				}
+				if time.Now().After(deadline) {
+					t.Fatal("the workload does not run")
+				}
+				time.Sleep(5 * time.Millisecond)
+			}
+			if tc.command == nil {
+				signals <- syscall.SIGHUP // no reason to end
+			}
+			signals <- syscall.SIGTERM
+			if code := exitCode(t, ended); code != tc.want {
+				t.Errorf("exit code %d, want %d: %s", code, tc.want, log)
+			}
+			if err := client.Wait(); err == nil {
+				t.Error("the connection is still open")
+			}
+		})
 	}
 }

@@ -498,11 +498,18 @@ func TestTerminalEndsWithItsCommandAndNotItsBackground(t *testing.T) {
 	f := startServer(t, true, nil)
 	p := openPTY(t, f.dial(t), nil)
 	// The background process keeps the terminal open, and ignores its hang-up.
-	if err := p.Run("trap '' HUP; sleep 3 & echo done"); err != nil {
+	finished := make(chan error, 1)
+	go func() { finished <- p.Run("trap '' HUP; sleep 1000 & echo $! > pid; echo done") }()
+	pid := pidOf(t, filepath.Join(f.root, "home/compute/pid"))
+	defer func() { _ = syscall.Kill(pid, syscall.SIGKILL) }()
+	if err := within(t, "end of the session", finished); err != nil {
 		t.Fatal(err)
 	}
 	if got := p.out.String(); !strings.Contains(got, "done\r\n") {
 		t.Errorf("got %q", got)
+	}
+	if !alive(pid) {
+		t.Error("the background process was killed")
 	}
 }
 

@@ -3,6 +3,7 @@ package sshserver
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"os"
 
 	"github.com/creack/pty"
@@ -74,8 +75,13 @@ type terminal struct {
 
 // openTerminal makes a terminal that belongs to acct.
 func openTerminal(req ptyRequest, acct account.Account) (*terminal, error) {
-	ptmx, tty, err := pty.Open()
+	blocking, tty, err := pty.Open()
 	if err != nil {
+		return nil, err
+	}
+	ptmx, err := pollable(blocking)
+	if err != nil {
+		_ = tty.Close()
 		return nil, err
 	}
 	t := &terminal{kind: req.term, name: tty.Name(), ptmx: ptmx, tty: tty}
@@ -105,11 +111,39 @@ func openTerminal(req ptyRequest, acct account.Account) (*terminal, error) {
 	return t, nil
 }
 
+// pollable replaces a file by one whose reads end with Close and with deadlines. The library leaves its files in
+// blocking mode, in which neither does anything to a read that waits.
+func pollable(f *os.File) (*os.File, error) {
+	defer f.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("duplicate %s: %w", f.Name(), err)
+	}
+	if err := unix.SetNonblock(fd, true); err != nil {
+		_ = unix.Close(fd)
+		return nil, fmt.Errorf("unblock %s: %w", f.Name(), err)
+	}
+	return os.NewFile(uintptr(fd), f.Name()), nil // #nosec G115 -- a descriptor
+}
+
+// resize must not take the file's descriptor out of the poller, as the library's function does.
 func (t *terminal) resize(size windowSize) error {
 	clamp := func(n uint32) uint16 { return uint16(min(n, 1<<16-1)) } // #nosec G115 -- that is what min is for
-	return pty.Setsize(t.ptmx, &pty.Winsize{
-		Rows: clamp(size.Rows), Cols: clamp(size.Columns), X: clamp(size.Width), Y: clamp(size.Height),
-	})
+	winsize := unix.Winsize{
+		Row: clamp(size.Rows), Col: clamp(size.Columns), Xpixel: clamp(size.Width), Ypixel: clamp(size.Height),
+	}
+	return control(t.ptmx, func(fd int) error { return unix.IoctlSetWinsize(fd, unix.TIOCSWINSZ, &winsize) })
+}
+
+// control runs f on the descriptor of a file.
+func control(file *os.File, f func(fd int) error) error {
+	conn, err := file.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var inner error
+	err = conn.Control(func(fd uintptr) { inner = f(int(fd)) }) // #nosec G115 -- a descriptor
+	return errors.Join(err, inner)
 }
 
 // streams makes the terminal a command's standard streams.
@@ -125,22 +159,16 @@ func (t *terminal) close() {
 // setModes applies what the client's own terminal has set, so that for example its erase character works. Unknown
 // modes are passed over, as the RFC wants.
 func setModes(tty *os.File, modes []terminalMode) error {
-	conn, err := tty.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var modeErr error
-	err = conn.Control(func(fd uintptr) {
-		var termios *unix.Termios
-		if termios, modeErr = unix.IoctlGetTermios(int(fd), unix.TCGETS); modeErr != nil { // #nosec G115 -- a descriptor
-			return
+	return control(tty, func(fd int) error {
+		termios, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+		if err != nil {
+			return err
 		}
 		for _, mode := range modes {
 			applyMode(termios, mode)
 		}
-		modeErr = unix.IoctlSetTermios(int(fd), unix.TCSETS, termios) // #nosec G115 -- a descriptor
+		return unix.IoctlSetTermios(fd, unix.TCSETS, termios)
 	})
-	return errors.Join(err, modeErr)
 }
 
 // applyMode sets one mode. Opcodes are those of RFC 4254, section 8, and RFC 8160 for IUTF8.
