@@ -15,7 +15,7 @@ import (
 func TestContentHashIsStable(t *testing.T) {
 	grant, envelope := grantOf(1)
 	hash := fleet.Content(grant, envelope)
-	if got, want := hex.EncodeToString(hash[:]), "963bf2484972048c8fb92199b430ea0f47473f1caa005db45696cb4b2b895fc6"; got != want {
+	if got, want := hex.EncodeToString(hash[:]), "283a4ba518e31044fac64d738813796402219dcaf7ae9c865496f93e677a9cea"; got != want {
 		t.Errorf("hash is %s, want %s", got, want)
 	}
 }

@@ -240,6 +240,10 @@ func (m *memory) Move(_ context.Context, id backend.GrantID, from, to string) (f
 	if m.beforeMove != nil {
 		m.beforeMove()
 	}
+	return m.move(id, from, to)
+}
+
+func (m *memory) move(id backend.GrantID, from, to string) (fleet.Claim, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.fail != nil {
@@ -302,12 +306,14 @@ func (b *bridge) router(t *testing.T, strict bool) *fleet.Fleet {
 
 func grantOf(n byte) (backend.Grant, backend.Envelope) {
 	g := backend.Grant{
-		ID: backend.GrantID{n}, PostHash: [32]byte{7}, Shape: backend.Shape{CPU: 1000, RAM: 512, Storage: 1},
-		MinIsolation: backend.IsolationContainer, ValidTo: time.Unix(2_000_000_000, 0),
-		Image: backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256}, Kind: backend.ImageOCIArchive},
+		ID: idOf(n), PostHash: [32]byte{7}, Shape: backend.Shape{CPU: 1000, RAM: 512, Storage: 1},
+		MinIsolation: backend.IsolationContainer, ValidTo: time.Unix(4_000_000_000, 0),
+		Image: backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: [32]byte{8}}, Kind: backend.ImageOCIArchive},
 	}
-	return g, backend.Envelope{PostHash: [32]byte{7}, SSHPublicKey: "ssh-ed25519 AAAA"}
+	return g, backend.Envelope{PostHash: [32]byte{7}, SSHPublicKey: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAA"}
 }
+
+func idOf(n byte) backend.GrantID { return backend.GrantID{0xff, n} }
 
 // as returns a context of a client.
 func as(ctx context.Context, identity string) context.Context {

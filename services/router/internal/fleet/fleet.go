@@ -24,6 +24,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"sync"
 	"time"
 
@@ -123,6 +124,9 @@ func (f *Fleet) CanSatisfy(ctx context.Context, grant backend.Grant) (backend.Sa
 	if err := checkHops(ctx); err != nil {
 		return backend.Satisfaction{}, err
 	}
+	if err := backend.ValidateGrant(grant, time.Now(), math.MaxInt64); err != nil {
+		return backend.Satisfaction{}, err
+	}
 	s := f.search(grant)
 	defer s.stop()
 	s.ask(ctx)
@@ -150,17 +154,15 @@ func (f *Fleet) Provision(ctx context.Context, grant backend.Grant, envelope bac
 	if err := checkHops(ctx); err != nil {
 		return backend.Provisioned{}, err
 	}
-	if grant.PostHash != envelope.PostHash {
-		return backend.Provisioned{}, backenderr.New(backenderr.ImageMismatch, "grant and envelope name different images (post_hash)").
-			WithCreated(backenderr.CreatedNone)
-	}
 	search := f.search(grant.WithRegionHint(envelope.RegionHint))
 	defer search.stop()
 	want := Claim{
 		GrantID: grant.ID, Owner: backend.CallerFrom(ctx).Identity,
 		Content: Content(grant, envelope), ValidTo: grant.ValidTo,
 	}
-	claim, inherited, err := f.claim(ctx, want, search)
+	claim, err := f.claim(ctx, want, search, func() error {
+		return backend.Validate(grant, envelope, time.Now(), math.MaxInt64)
+	})
 	if err != nil {
 		return backend.Provisioned{}, err
 	}
@@ -177,12 +179,13 @@ func (f *Fleet) Provision(ctx context.Context, grant backend.Grant, envelope bac
 		search.passed[m.Name] = true
 		provisioned, err := f.attempt(ctx, m, grant, envelope)
 		if err == nil {
+			search.ours = false
 			if claim, err = f.settle(ctx, m, claim); err != nil || claim.Backend == m.Name && !claim.Closed {
 				return provisioned, err
 			}
 			continue
 		}
-		if claim, err = f.moveOn(ctx, m, claim, err, inherited, search); err != nil {
+		if claim, err = f.moveOn(ctx, m, claim, err, search); err != nil {
 			return backend.Provisioned{}, err
 		}
 	}
@@ -190,35 +193,41 @@ func (f *Fleet) Provision(ctx context.Context, grant backend.Grant, envelope bac
 }
 
 // claim returns the grant's claim: the one that is stored, or else a new one
-// for the first member that satisfies it. inherited is the member that had it
-// before this call, "" if none had.
-func (f *Fleet) claim(ctx context.Context, want Claim, search *search) (claim Claim, inherited string, err error) {
-	claim, err = f.claims.Get(ctx, want.GrantID)
+// for the first member that satisfies it. A grant that isn't valid gets none, so
+// that it may be sent again corrected.
+func (f *Fleet) claim(ctx context.Context, want Claim, search *search, validate func() error) (Claim, error) {
+	claim, err := f.claims.Get(ctx, want.GrantID)
 	if err != nil {
-		return Claim{}, "", ledgerError(err)
+		return Claim{}, ledgerError(err)
 	}
 	if claim.Backend != "" || claim.Closed {
-		return claim, claim.Backend, nil
+		search.inherited = claim.Backend
+		return claim, nil
+	}
+	if err := validate(); err != nil {
+		return Claim{}, err
 	}
 	first, err := search.next(ctx)
 	if err != nil {
-		return Claim{}, "", err
+		return Claim{}, err
 	}
 	if first == nil {
-		return Claim{}, "", search.failure()
+		return Claim{}, search.failure()
 	}
 	want.Backend = first.Name
 	claim, created, err := f.claims.Put(ctx, want)
 	switch {
 	case err != nil:
-		return Claim{}, "", ledgerError(err)
+		return Claim{}, ledgerError(err)
 	case !created:
 		// Another router, or another call, was faster. Whatever it chose holds.
 		delete(search.passed, first.Name)
-		return claim, claim.Backend, nil
+		search.inherited = claim.Backend
+		return claim, nil
 	}
+	search.ours = true
 	f.log.InfoContext(ctx, "Claimed grant", "grant_id", want.GrantID.String(), "backend", first.Name)
-	return claim, "", nil
+	return claim, nil
 }
 
 // permits checks that the caller may provision under the claim.
@@ -237,6 +246,7 @@ func permits(ctx context.Context, claim, want Claim) error {
 // attempt provisions at one member. While the outcome is in doubt it asks the
 // same member again, a bounded number of times: Provision is idempotent.
 func (f *Fleet) attempt(ctx context.Context, m *Member, grant backend.Grant, envelope backend.Envelope) (backend.Provisioned, error) {
+	doubt := false
 	for n := 1; ; n++ {
 		provisioned, err := m.Backend.Provision(ctx, grant, envelope)
 		if err == nil {
@@ -244,6 +254,11 @@ func (f *Fleet) attempt(ctx context.Context, m *Member, grant backend.Grant, env
 			f.remember(m, grant.WithRegionHint(envelope.RegionHint), nil)
 			return provisioned, nil
 		}
+		// A member that can't see now doesn't clear up what an earlier call left.
+		if doubt && ruleFor(err).then == again {
+			err = backenderr.From(err).Clone().WithCreated(backenderr.CreatedUnknown)
+		}
+		doubt = doubt || backenderr.CreatedOf(err) == backenderr.CreatedUnknown
 		if ctx.Err() != nil || n >= attempts(err) {
 			f.remember(m, grant.WithRegionHint(envelope.RegionHint), err)
 			return backend.Provisioned{}, err
@@ -282,13 +297,14 @@ func (f *Fleet) settle(ctx context.Context, m *Member, was Claim) (Claim, error)
 // moveOn decides by the error table what follows from a member's failure. It
 // returns the claim as it is after it was given to the next member, or the
 // error for the caller.
-func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure error, inherited string, search *search) (Claim, error) {
+func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure error, search *search) (Claim, error) {
 	rule, created := ruleFor(failure), backenderr.CreatedOf(failure)
-	movable := rule.then == next || rule.then == again || f.gaveUp(m, failure, inherited)
-	// A claim of an earlier call may stand for an instance that runs well while
-	// its backend is in trouble: only the backend itself may say that there is
-	// none.
-	if !movable || !f.fallThrough || ctx.Err() != nil || (created == backenderr.CreatedUnknown && inherited != "") {
+	movable := rule.then == next || rule.then == again || search.gaveUp(m, failure)
+	// A claim that another call made may stand for an instance that runs well while
+	// its backend is in trouble. Only a clear refusal says that there is none:
+	// a backend that can't see knows that this call made nothing, no more.
+	certain := created == backenderr.CreatedNone && rule.then != again
+	if !movable || !f.fallThrough || ctx.Err() != nil || (!search.ours && !certain) {
 		return Claim{}, m.fails(failure)
 	}
 	search.refuse(m, failure)
@@ -311,18 +327,13 @@ func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure erro
 	if err != nil {
 		return Claim{}, ledgerError(err)
 	}
-	if moved.Backend != to.Name {
+	// Another router may have moved it elsewhere before; whatever is stored holds.
+	search.ours = moved.Backend == to.Name
+	if !search.ours {
 		delete(search.passed, to.Name)
 	}
 	f.log.InfoContext(ctx, "Moved grant", "grant_id", claim.GrantID.String(), "from", m.Name, "backend", moved.Backend, "reason", string(backenderr.ReasonOf(failure)))
 	return moved, nil
-}
-
-// gaveUp reports whether GRANT_ENDED only means that a router has ended an
-// unclear attempt at this member in an earlier call, and moved on. That can
-// only be where the claim was not when this call began.
-func (f *Fleet) gaveUp(m *Member, err error, inherited string) bool {
-	return backenderr.Is(err, backenderr.GrantEnded) && inherited != "" && inherited != m.Name
 }
 
 // end terminates the grant at one member and returns nil only when the member

@@ -163,6 +163,20 @@ func TestAForeignErrorLeavesTheOutcomeInDoubt(t *testing.T) {
 	})
 }
 
+func TestABackendThatCanNotSeeDoesNotClearUpADoubt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBridge(t, "a", "b")
+		blind := fails(backenderr.LedgerUnavailable, backenderr.CreatedNone)
+		b.fakes[0].script, b.fakes[0].always, b.fakes[0].endErr = []outcome{{err: errTransport, made: true}}, &blind, errTransport
+		grant, envelope := grantOf(1)
+		_, err := b.Provision(t.Context(), grant, envelope)
+		wantReason(t, err, backenderr.LedgerUnavailable, backenderr.CreatedUnknown)
+		if b.fakes[1].did("Provision") != 0 {
+			t.Error("another backend got the grant")
+		}
+	})
+}
+
 func TestAnUnclearOutcomeIsKeptUntilTerminateIsConfirmed(t *testing.T) {
 	unclear := outcome{err: errTransport, made: true}
 	t.Run("confirmed after a while", func(t *testing.T) {
@@ -221,10 +235,14 @@ func TestARunningGrantIsNotEndedBecauseItsBackendIsInTrouble(t *testing.T) {
 		grant, envelope := grantOf(1)
 		p, err := b.Provision(t.Context(), grant, envelope)
 		wantOn(t, p, err, "a")
-		o := fails(backenderr.ProviderUnavailable, backenderr.CreatedUnknown)
-		b.fakes[0].set(func() { b.fakes[0].always = &o })
-		_, err = b.Provision(t.Context(), grant, envelope)
-		wantReason(t, err, backenderr.ProviderUnavailable, backenderr.CreatedUnknown)
+		// A worker whose ledger is away can't know of its instances, and may
+		// still say, of this call, that it created none.
+		for _, created := range []backenderr.Created{backenderr.CreatedUnknown, backenderr.CreatedNone} {
+			o := fails(backenderr.LedgerUnavailable, created)
+			b.fakes[0].set(func() { b.fakes[0].always = &o })
+			_, err = b.Provision(t.Context(), grant, envelope)
+			wantReason(t, err, backenderr.LedgerUnavailable, created)
+		}
 		if b.world.running[grant.ID] != 1 || b.fakes[1].did("Provision") != 0 {
 			t.Error("the running instance was given up")
 		}
@@ -502,15 +520,21 @@ func TestTheSameGrantWithOtherContentOrOwnerIsAConflict(t *testing.T) {
 	}
 }
 
-func TestGrantAndEnvelopeMustNameOneImage(t *testing.T) {
+func TestAGrantThatIsWrongIsNotClaimedAndMayBeCorrected(t *testing.T) {
 	b := newBridge(t, "a")
 	grant, envelope := grantOf(1)
 	envelope.PostHash[0]++
 	_, err := b.Provision(t.Context(), grant, envelope)
 	wantReason(t, err, backenderr.ImageMismatch, backenderr.CreatedNone)
+	envelope.PostHash, envelope.SSHPublicKey = grant.PostHash, "not a key"
+	_, err = b.Provision(t.Context(), grant, envelope)
+	wantReason(t, err, backenderr.GrantInvalid, backenderr.CreatedNone)
 	if b.claims.backend(grant.ID) != "" {
 		t.Error("it was claimed")
 	}
+	_, envelope = grantOf(1)
+	p, err := b.Provision(t.Context(), grant, envelope)
+	wantOn(t, p, err, "a")
 }
 
 func TestAnInvalidGrantIsAnsweredAtOnce(t *testing.T) {
@@ -556,7 +580,7 @@ func TestTwoRoutersNeverGiveAGrantToTwoBackends(t *testing.T) {
 				t.Errorf("grant %d has handles %q and %q", n, h, handles[n][0])
 			}
 		}
-		if got := b.world.atOnce[backend.GrantID{byte(n)}]; got != 1 {
+		if got := b.world.atOnce[idOf(byte(n))]; got != 1 {
 			t.Errorf("grant %d had %d instances", n, got)
 		}
 	}
@@ -599,17 +623,35 @@ func TestLosingTheRaceForAMoveFollowsTheWinner(t *testing.T) {
 	b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone)}
 	grant, envelope := grantOf(1)
 	b.claims.beforeMove = func() {
-		b.claims.mu.Lock()
-		defer b.claims.mu.Unlock()
-		c := b.claims.claims[grant.ID]
-		c.Backend = "c"
-		b.claims.claims[grant.ID] = c
+		if _, err := b.claims.move(grant.ID, "a", "c"); err != nil {
+			t.Error(err)
+		}
 	}
 	p, err := b.Provision(t.Context(), grant, envelope)
 	wantOn(t, p, err, "c")
 	if got := b.fakes[1].did("Provision"); got != 0 {
 		t.Errorf("b was asked %d times", got)
 	}
+}
+
+func TestAnUnclearAttemptUnderAnothersClaimIsNotEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBridge(t, "a", "b", "c")
+		grant, envelope := grantOf(1)
+		// Another router moves the claim to c while this one moves it to b.
+		b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone)}
+		b.fakes[2].always = &outcome{err: errTransport, made: true}
+		b.claims.beforeMove = func() {
+			if _, err := b.claims.move(grant.ID, "a", "c"); err != nil {
+				t.Error(err)
+			}
+		}
+		_, err := b.Provision(t.Context(), grant, envelope)
+		wantReason(t, err, backenderr.Unknown, backenderr.CreatedUnknown)
+		if b.world.running[grant.ID] != 1 || b.fakes[1].did("Provision") != 0 {
+			t.Error("the grant was given up in another call's name")
+		}
+	})
 }
 
 func TestALostRaceForTheClaimKeepsTheFirstMatchAvailable(t *testing.T) {

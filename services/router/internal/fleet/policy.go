@@ -43,8 +43,9 @@ type rule struct {
 // a backend, by reason. It holds as it stands for created=none. With
 // created=unknown nothing is safe but the same backend: rows that say next are
 // then treated as again, and before another backend gets the grant, Terminate
-// must have confirmed that nothing is left at this one. Without fall-through,
-// next and what follows again are not done; the error is answered.
+// must have confirmed that nothing is left at this one. A claim that another
+// call made moves on by a row that says next with created=none, and by nothing
+// else. Without fall-through no claim moves; the error is answered.
 //
 // docs/errors.md shows the same table to operators.
 var rules = map[backenderr.Reason]rule{ //nolint:gochecknoglobals // A constant table.
@@ -52,7 +53,7 @@ var rules = map[backenderr.Reason]rule{ //nolint:gochecknoglobals // A constant 
 	backenderr.GrantInvalid:  {answer, nothing},
 	backenderr.ImageMismatch: {answer, nothing},
 	backenderr.GrantConflict: {answer, nothing},
-	backenderr.GrantEnded:    {answer, nothing}, // But see Fleet.gaveUp.
+	backenderr.GrantEnded:    {answer, nothing}, // But see search.gaveUp.
 
 	// Not here; perhaps elsewhere.
 	backenderr.GrantNotSatisfiable: {next, nothing},

@@ -15,7 +15,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 )
 
-// search looks for a member that takes one grant. It is for one call and one
+// search is one call's search for a member that takes its grant. It is for one
 // goroutine.
 type search struct {
 	fleet *Fleet
@@ -27,6 +27,11 @@ type search struct {
 	// passed are the members that had their turn.
 	passed   map[string]bool
 	refusals []refusal
+	// inherited is the member that had the claim when the call began, "" if
+	// none had.
+	inherited string
+	// ours says that this call gave the claim to the member that has it now.
+	ours bool
 }
 
 // satisfied is a member's answer to CanSatisfy.
@@ -128,6 +133,13 @@ func (s *search) next(ctx context.Context) (*Member, error) {
 		}
 	}
 	return nil, nil //nolint:nilnil // No member is no failure; the caller knows what was tried.
+}
+
+// gaveUp reports whether GRANT_ENDED only means that a router has ended an
+// unclear attempt at this member in an earlier call, and moved on. That can
+// only be where the claim was not when this call began.
+func (s *search) gaveUp(m *Member, err error) bool {
+	return backenderr.Is(err, backenderr.GrantEnded) && s.inherited != "" && s.inherited != m.Name
 }
 
 // refuse notes why a member doesn't take the grant; nothing of it exists there.
