@@ -128,18 +128,18 @@ tidy: ## Tidy every module and agree on versions in the workspace
 
 # --- Build ------------------------------------------------------------------
 
-# Static, and the same bytes for the same sources wherever they are built: the
-# guest binary is named by its digest.
-GO_BUILD := CGO_ENABLED=0 GOWORK=off go build -trimpath -buildvcs=false -ldflags='-s -w'
+# A module's directory, the binary's name, the package.
+go_build = CGO_ENABLED=0 GOWORK=off go build -C $(1) -trimpath -ldflags='-s -w' -o $(CURDIR)/bin/$(2) $(3)
 
 .PHONY: build
 build: ## Build the static binaries into bin
 	@mkdir -p bin
-	$(GO_BUILD) -C services/guest -o $(CURDIR)/bin/guest .
-	$(GO_BUILD) -C services/router -o $(CURDIR)/bin/router .
-	$(GO_BUILD) -C services/router -o $(CURDIR)/bin/bridgectl ./cmd/bridgectl
-	$(GO_BUILD) -C services/baremetal-worker -o $(CURDIR)/bin/baremetal-worker .
-	$(GO_BUILD) -C test -o $(CURDIR)/bin/lab ./lab/cmd/lab
+	@# Hosts keep the guest under its digest: the same sources give the same bytes.
+	$(call go_build,services/guest,guest,-buildvcs=false .)
+	$(call go_build,services/router,router,.)
+	$(call go_build,services/router,bridgectl,./cmd/bridgectl)
+	$(call go_build,services/baremetal-worker,baremetal-worker,.)
+	$(call go_build,test,lab,./lab/cmd/lab)
 
 # --- Test -------------------------------------------------------------------
 
@@ -215,6 +215,21 @@ lab-down: ## Destroy the lab hosts
 .PHONY: demo
 demo: prerequisites build ## A grant from the router to a container on a lab host, end to end
 	bin/lab demo
+
+# --- Containers, for development --------------------------------------------
+
+# Files of .dev belong to whoever runs this, and so do the containers' processes.
+COMPOSE ?= docker compose
+export CB_USER = $(shell id -u):$(shell id -g)
+
+.PHONY: compose-up
+compose-up: ## Build and start router and bare-metal worker in containers (see docker-compose.yml)
+	@mkdir -p .dev/certs .dev/router/state .dev/baremetal-worker/{config,state}
+	$(COMPOSE) up --build --detach --wait
+
+.PHONY: compose-down
+compose-down: ## Stop the containers of compose-up
+	$(COMPOSE) down
 
 # --- Clean ------------------------------------------------------------------
 
