@@ -48,9 +48,9 @@ const (
 // names with a counter each. Directions are the instance's: received is what arrives at the instance.
 const (
 	// CounterSetReceived counts what is forwarded to the grant's interface (oifname).
-	CounterSetReceived = "grant_rx"
+	CounterSetReceived = "rx"
 	// CounterSetSent counts what comes from the grant's interface (iifname).
-	CounterSetSent = "grant_tx"
+	CounterSetSent = "tx"
 )
 
 // Exit codes of `guest init` and `guest serve` that don't come from the workload. They follow the shell's convention.
