@@ -314,6 +314,15 @@ func (f *FS) Rename(ctx context.Context, from, to string) error {
 	return err
 }
 
+// Chown gives a file to a user and group of the host: the one that a
+// container's user is mapped to, for example.
+func (f *FS) Chown(ctx context.Context, name string, uid, gid uint32) error {
+	_, err := do(ctx, f, "change owner of", name, func(client *sftp.Client) (struct{}, error) {
+		return struct{}{}, client.Chown(name, int(uid), int(gid))
+	})
+	return err
+}
+
 // Chtimes sets when a file was last used and changed.
 func (f *FS) Chtimes(ctx context.Context, name string, accessed, modified time.Time) error {
 	_, err := do(ctx, f, "set times of", name, func(client *sftp.Client) (struct{}, error) {

@@ -67,7 +67,8 @@ type Mount struct {
 	// ReadOnly forbids writing.
 	ReadOnly bool
 	// MapIDs shows the files with their owners mapped as the container's are
-	// (idmap), for files that belong to root on the host.
+	// (idmap), for files that belong to root on the host. Not every file system
+	// can: overlayfs can't.
 	MapIDs bool
 	// SizeBytes limits a tmpfs.
 	SizeBytes uint64
@@ -402,6 +403,13 @@ func StopArgs(e Engine, name string, graceSeconds uint32) ([]string, error) {
 func RemoveArgs(e Engine, name string) ([]string, error) {
 	args, err := e.args()
 	return append(args, "rm", "--force", "--ignore", "--volumes", "--time=0", "--", name), errors.Join(err, match(nameRegexp, "container name", name))
+}
+
+// StopArgs renders the stopping of a container: its stop signal, and SIGKILL
+// some seconds later. One that isn't there is fine.
+func StopArgs(e Engine, name string, seconds uint32) ([]string, error) {
+	args, err := e.args()
+	return append(args, "stop", "--ignore", "--time="+strconv.FormatUint(uint64(seconds), 10), "--", name), errors.Join(err, match(nameRegexp, "container name", name))
 }
 
 // NetworkRemoveArgs renders the removal of a network with its containers. Old

@@ -158,6 +158,23 @@ func (c *Client) Version(ctx context.Context) (string, error) {
 	return v.Version, err
 }
 
+// GraphRoot returns the directory of the host's own store of images and
+// containers.
+func (c *Client) GraphRoot(ctx context.Context) (string, error) {
+	var info struct {
+		Store struct {
+			GraphRoot string `json:"graphRoot"`
+		} `json:"store"`
+	}
+	if err := c.call(ctx, callTimeout, http.MethodGet, "/info", nil, &info); err != nil {
+		return "", err
+	}
+	if !path.IsAbs(info.Store.GraphRoot) {
+		return "", backenderr.New(backenderr.HostUnfit, "host %s: podman's store is at %q", c.conn.Name(), info.Store.GraphRoot)
+	}
+	return info.Store.GraphRoot, nil
+}
+
 // Image is what a container of an image would run, and the image's name.
 type Image struct {
 	// ID is the hash of the image's configuration, in hex.
@@ -282,7 +299,7 @@ func (c *Client) LoadImage(ctx context.Context, file string) ([]string, error) {
 		switch {
 		case strings.Contains(stderr, "no space left"):
 			return nil, backenderr.Wrap(backenderr.HostUnfit, err, "host %s: disk is full", c.conn.Name())
-		case strings.Contains(stderr, "payload does not match any of the supported image formats"), strings.Contains(stderr, "no such file or directory") && !strings.Contains(stderr, "stat "+file):
+		case strings.Contains(stderr, "payload does not match any of the supported image formats"):
 			return nil, backenderr.Wrap(backenderr.ImageInvalid, errors.Join(ErrNotAnImage, err), "host %s", c.conn.Name())
 		}
 		return nil, backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
