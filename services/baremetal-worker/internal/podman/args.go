@@ -405,13 +405,6 @@ func RemoveArgs(e Engine, name string) ([]string, error) {
 	return append(args, "rm", "--force", "--ignore", "--volumes", "--time=0", "--", name), errors.Join(err, match(nameRegexp, "container name", name))
 }
 
-// StopArgs renders the stopping of a container: its stop signal, and SIGKILL
-// some seconds later. One that isn't there is fine.
-func StopArgs(e Engine, name string, seconds uint32) ([]string, error) {
-	args, err := e.args()
-	return append(args, "stop", "--ignore", "--time="+strconv.FormatUint(uint64(seconds), 10), "--", name), errors.Join(err, match(nameRegexp, "container name", name))
-}
-
 // NetworkRemoveArgs renders the removal of a network with its containers. Old
 // podmans fail if it isn't there.
 func NetworkRemoveArgs(e Engine, name string) ([]string, error) {
