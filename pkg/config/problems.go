@@ -15,6 +15,13 @@ func (p *Problems) Add(key, format string, args ...any) {
 	p.all = append(p.all, fmt.Errorf("%s: %w", key, fmt.Errorf(format, args...)))
 }
 
+// Join adds problems that another check found, if any.
+func (p *Problems) Join(err error) {
+	if err != nil {
+		p.all = append(p.all, err)
+	}
+}
+
 // Err returns all problems joined, or nil.
 func (p *Problems) Err() error { return errors.Join(p.all...) }
 

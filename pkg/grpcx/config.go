@@ -14,10 +14,10 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strings"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/config"
 )
 
 // InsecureIdentity is the identity of whoever calls on a plaintext TCP
@@ -27,11 +27,11 @@ const InsecureIdentity = "insecure"
 // TLSConfig names the files of one side of mutual TLS, all PEM.
 type TLSConfig struct {
 	// CertFile is this process's certificate chain.
-	CertFile string `toml:"cert_file"`
+	CertFile config.Path `toml:"cert_file"`
 	// KeyFile is its private key.
-	KeyFile string `toml:"key_file"`
+	KeyFile config.Path `toml:"key_file"`
 	// CAFile has the authorities whose certificates are believed.
-	CAFile string `toml:"ca_file"`
+	CAFile config.Path `toml:"ca_file"`
 }
 
 // ListenConfig is one listener.
@@ -82,24 +82,17 @@ func UnixPath(address string) string {
 	return "/" + strings.TrimLeft(rest, "/")
 }
 
-// Resolve makes relative file names relative to dir, the directory of the
-// configuration file.
-func (t *TLSConfig) Resolve(dir string) {
-	for _, f := range []*string{&t.CertFile, &t.KeyFile, &t.CAFile} {
-		if *f != "" && !filepath.IsAbs(*f) {
-			*f = filepath.Join(dir, *f)
-		}
-	}
-}
-
 // Validate checks that the files are named and can be loaded. key is the
 // configuration's name of the table, for messages.
 func (t TLSConfig) Validate(key string) error {
 	var errs []error
-	for _, f := range []struct{ name, path string }{{"cert_file", t.CertFile}, {"key_file", t.KeyFile}, {"ca_file", t.CAFile}} {
+	for _, f := range []struct {
+		name string
+		path config.Path
+	}{{"cert_file", t.CertFile}, {"key_file", t.KeyFile}, {"ca_file", t.CAFile}} {
 		if f.path == "" {
 			errs = append(errs, fmt.Errorf("%s.%s: missing", key, f.name))
-		} else if _, err := os.Stat(f.path); err != nil {
+		} else if _, err := os.Stat(string(f.path)); err != nil {
 			errs = append(errs, fmt.Errorf("%s.%s: %w", key, f.name, err))
 		}
 	}

@@ -15,6 +15,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/compute-bridge/compute-bridge/pkg/config"
 )
 
 // reloadEvery is how often, at most, certificate files are looked at: a new
@@ -29,11 +31,11 @@ type files struct {
 }
 
 func loadFiles(c TLSConfig) (*files, error) {
-	certificate, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+	certificate, err := tls.LoadX509KeyPair(string(c.CertFile), string(c.KeyFile))
 	if err != nil {
 		return nil, fmt.Errorf("certificate and key: %w", err)
 	}
-	pem, err := os.ReadFile(c.CAFile)
+	pem, err := os.ReadFile(string(c.CAFile))
 	if err != nil {
 		return nil, fmt.Errorf("certificate authorities: %w", err)
 	}
@@ -68,8 +70,8 @@ func newReloader(c TLSConfig) (*reloader, error) {
 // stamp changes when a file does.
 func (t TLSConfig) stamp() string {
 	stamp := ""
-	for _, f := range []string{t.CertFile, t.KeyFile, t.CAFile} {
-		if info, err := os.Stat(f); err == nil {
+	for _, f := range []config.Path{t.CertFile, t.KeyFile, t.CAFile} {
+		if info, err := os.Stat(string(f)); err == nil {
 			stamp += fmt.Sprintf("%d %d;", info.ModTime().UnixNano(), info.Size())
 		}
 	}

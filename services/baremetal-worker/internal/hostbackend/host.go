@@ -145,9 +145,7 @@ func (h *host) follow(ctx context.Context) {
 				if unfit(err) {
 					pause = retryUnfit
 				}
-				timer := time.NewTimer(pause)
-				defer timer.Stop()
-				again = timer.C
+				again = time.After(pause)
 				break
 			}
 			h.isReady(found)

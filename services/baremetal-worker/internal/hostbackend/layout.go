@@ -58,6 +58,7 @@ type record struct {
 type params struct {
 	Host    string        `json:"host"`
 	Region  string        `json:"region"`
+	Image   string        `json:"image"`
 	Shape   backend.Shape `json:"shape"`
 	SSHPort uint16        `json:"ssh_port"`
 	Ports   []portParams  `json:"ports,omitempty"`
@@ -71,7 +72,7 @@ type portParams struct {
 }
 
 func paramsFor(grant backend.Grant, r inventory.Reservation, region string) params {
-	p := params{Host: r.Host, Region: region, Shape: r.Shape, SSHPort: r.Ports[0], Slot: r.Slot}
+	p := params{Host: r.Host, Region: region, Image: grant.Image.Digest.String(), Shape: r.Shape, SSHPort: r.Ports[0], Slot: r.Slot}
 	for i, port := range grant.Ports {
 		p.Ports = append(p.Ports, portParams{HostPort: r.Ports[i+1], Port: port.Number, Protocol: port.Protocol.String()})
 	}

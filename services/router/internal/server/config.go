@@ -3,7 +3,6 @@ package server
 import (
 	"errors"
 	"fmt"
-	"path/filepath"
 	"regexp"
 	"time"
 
@@ -73,7 +72,6 @@ func Load(path string) (Config, error) {
 	if err != nil {
 		return Config{}, err
 	}
-	c.TLS.Resolve(filepath.Dir(path))
 	if err := c.check(); err != nil {
 		return Config{}, fmt.Errorf("configuration: %s: %w", path, err)
 	}

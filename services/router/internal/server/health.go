@@ -67,7 +67,7 @@ func localTarget(address string) (string, error) {
 
 // ownName returns a name that the router's own certificate is valid for.
 func ownName(files grpcx.TLSConfig) (string, error) {
-	own, err := tls.LoadX509KeyPair(files.CertFile, files.KeyFile)
+	own, err := tls.LoadX509KeyPair(string(files.CertFile), string(files.KeyFile))
 	if err != nil {
 		return "", fmt.Errorf("tls: %w", err)
 	}

@@ -1,0 +1,327 @@
+package hostbackend
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"strconv"
+	"time"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
+	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
+)
+
+// clear removes everything of a grant from the host and returns when that is
+// confirmed. With save, what the instance used goes to the journal first.
+func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
+	found, err := h.wait(ctx)
+	if err != nil {
+		return err
+	}
+	dir := h.backend.dirs.grant(id)
+	r, err := h.record(ctx, id)
+	recorded := err == nil
+	if err != nil && !isMissing(err) {
+		return err
+	}
+	if recorded {
+		if err := h.markStopped(ctx, dir); err != nil {
+			return err
+		}
+	}
+	units, err := h.bus.List(ctx, unitPattern(h.backend.env.BridgeID, &id))
+	if err != nil {
+		return err
+	}
+	for _, u := range units {
+		if err := h.bus.Stop(ctx, u.Name); err != nil {
+			return err
+		}
+		if err := h.bus.ResetFailed(ctx, u.Name); err != nil {
+			return err
+		}
+	}
+	if recorded {
+		if save {
+			if err := h.saveLog(ctx, found, r); err != nil {
+				return err
+			}
+		}
+		if err := h.removeLeftovers(ctx, found, r); err != nil {
+			return err
+		}
+	}
+	if err := h.fs.RemoveAll(ctx, dir); err != nil {
+		return err
+	}
+	left, err := h.bus.List(ctx, unitPattern(h.backend.env.BridgeID, &id))
+	if err != nil {
+		return err
+	}
+	if len(left) > 0 {
+		return backenderr.New(backenderr.ProviderUnavailable, "host %s: unit %s is still there", h.config.Name, left[0].Name)
+	}
+	return nil
+}
+
+// markStopped sets the ended mark before the unit is stopped: nothing starts the
+// grant any more, and its end isn't taken for one of the workload's own. A mark
+// that is there already, which the unit's own end set, stays.
+func (h *host) markStopped(ctx context.Context, dir string) error {
+	mark := dir + "/" + guestapi.EndedFileName
+	switch exists, err := h.fs.Exists(ctx, mark); {
+	case err != nil:
+		return err
+	case exists:
+		return nil
+	}
+	return h.fs.WriteFile(ctx, mark, []byte(stoppedMark), 0o600)
+}
+
+// removeLeftovers checks what the unit's own clean-up should have removed, and
+// removes what is left: after a reboot, or when a command of it failed.
+func (h *host) removeLeftovers(ctx context.Context, found *facts, r record) error {
+	w := h.workload(found, backend.Grant{ID: r.GrantID, ValidTo: r.ValidTo}, &attempt{number: r.Attempt, params: r.params})
+	left, err := h.leftovers(ctx, w)
+	if err != nil || left == "" {
+		return err
+	}
+	h.log.InfoContext(ctx, "Cleaning up after a unit", "grant_id", r.GrantID.String(), "left", left)
+	commands, err := w.cleanup()
+	if err != nil {
+		return backenderr.Wrap(backenderr.Internal, err, "render clean-up")
+	}
+	var failed []error
+	for _, c := range commands {
+		result, err := h.conn.Run(ctx, sshconn.Command{Args: c.Args, Timeout: commandTimeout})
+		if err != nil {
+			return err
+		}
+		// Most of them have nothing to do and say so. What counts is what is
+		// left afterwards.
+		if err := result.Err(c.Args[0]); err != nil {
+			failed = append(failed, err)
+		}
+	}
+	if left, err = h.leftovers(ctx, w); err != nil {
+		return err
+	}
+	if left != "" {
+		return backenderr.Wrap(backenderr.ProviderUnavailable, errors.Join(failed...), "host %s: %s of grant %s is still there", h.config.Name, left, r.GrantID)
+	}
+	return nil
+}
+
+// leftovers names something of the grant that is still on the host beside its
+// directory, "" if there is nothing.
+func (h *host) leftovers(ctx context.Context, w workload) (string, error) {
+	for _, path := range []string{w.dir + "/" + diskFile, w.runRoot, "/sys/class/net/" + w.names.networkInterface()} {
+		exists, err := h.fs.Exists(ctx, path)
+		if err != nil {
+			return "", err
+		}
+		if exists {
+			return path, nil
+		}
+	}
+	networks, err := h.podman.ListNetworks(ctx, labelGrant+"="+w.names.grant.String())
+	if err != nil {
+		return "", err
+	}
+	for _, n := range networks {
+		if n.Name == w.names.stem() {
+			return "network " + n.Name, nil
+		}
+	}
+	mounted, err := h.fs.ReadDir(ctx, w.disk())
+	if err != nil && !isMissing(err) {
+		return "", err
+	}
+	if len(mounted) > 0 {
+		return "mount " + w.disk(), nil
+	}
+	return "", nil
+}
+
+// watch blocks until the grant's unit no longer runs.
+func (h *host) watch(ctx context.Context, id backend.GrantID, usage func(backend.Usage)) (backend.Exit, error) {
+	for {
+		found, err := h.wait(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				continue
+			}
+			return backend.Exit{}, err
+		}
+		exit, ended, err := h.watchOnce(ctx, found, id, usage)
+		switch {
+		case ended || backenderr.Is(err, backenderr.InstanceNotFound):
+			return exit, err
+		case ctx.Err() != nil:
+			return backend.Exit{}, backenderr.Wrap(backenderr.From(ctx.Err()).Reason, ctx.Err(), "watch")
+		}
+		if err != nil {
+			h.log.InfoContext(ctx, "Watching again", "grant_id", id.String(), "error", err.Error())
+		}
+		select {
+		case <-time.After(retryProbe / 4):
+		case <-ctx.Done():
+		}
+	}
+}
+
+// usageInterval is how often usage so far is read.
+const usageInterval = 30 * time.Second
+
+// watchOnce watches as long as the host stays as it is.
+func (h *host) watchOnce(ctx context.Context, found *facts, id backend.GrantID, usage func(backend.Usage)) (exit backend.Exit, ended bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	r, err := h.record(ctx, id)
+	if isMissing(err) {
+		return backend.Exit{}, false, backenderr.New(backenderr.InstanceNotFound, "host %s has nothing of grant %s", h.config.Name, id)
+	}
+	if err != nil {
+		return backend.Exit{}, false, err
+	}
+	unit := h.names(r).unit()
+	statuses := h.bus.Watch(ctx, unit)
+	ticker := time.NewTicker(usageInterval)
+	defer ticker.Stop()
+	for {
+		select {
+		case status, ok := <-statuses:
+			if !ok {
+				return backend.Exit{}, false, nil
+			}
+			if status.Running() {
+				continue
+			}
+			log, err := h.logOf(ctx, found, r)
+			if err != nil {
+				return backend.Exit{}, false, err
+			}
+			return log.Exit, true, nil
+		case <-ticker.C:
+			if status, err := h.bus.Status(ctx, unit); err == nil && status.Running() {
+				usage(usageSoFar(status))
+			}
+		case <-ctx.Done():
+			return backend.Exit{}, false, nil
+		}
+	}
+}
+
+// saveLog reads what the instance used and how it ended into the journal.
+func (h *host) saveLog(ctx context.Context, found *facts, r record) error {
+	log, err := h.logOf(ctx, found, r)
+	if err != nil || log.StartedAt.IsZero() {
+		return err
+	}
+	return h.backend.env.Journal.SaveLog(ctx, log)
+}
+
+// logOf reads the end of a grant's instance from its directory.
+func (h *host) logOf(ctx context.Context, found *facts, r record) (backend.ComputeLog, error) {
+	dir := h.backend.dirs.grant(r.GrantID)
+	log := backend.ComputeLog{
+		GrantID: r.GrantID, Backend: h.backend.env.Backend, InstanceID: backend.InstanceID(h.config.Name + "/" + h.names(r).unit()),
+		Region: backend.Region(r.Region), Attempt: r.Attempt, Shape: r.Shape, ValidTo: r.ValidTo,
+	}
+	data, err := h.fs.ReadFile(ctx, dir+"/"+guestapi.SpoolFileName, maxRecordBytes)
+	if isMissing(err) {
+		return h.logWithoutSpool(found, r, log), nil
+	}
+	if err != nil {
+		return backend.ComputeLog{}, err
+	}
+	spool, err := guestapi.DecodeSpool(bytes.NewReader(data))
+	if err != nil {
+		h.log.WarnContext(ctx, "Spool is damaged", "grant_id", r.GrantID.String(), "error", err.Error())
+		return h.logWithoutSpool(found, r, log), nil
+	}
+	mark, err := h.fs.ReadFile(ctx, dir+"/"+guestapi.EndedFileName, maxRecordBytes)
+	if err != nil && !isMissing(err) {
+		return backend.ComputeLog{}, err
+	}
+	readSpool(&log, spool, string(mark) == stoppedMark)
+	return log, nil
+}
+
+// logWithoutSpool is the log of an instance whose unit left no usage: the host
+// was rebooted under it, or the unit never got so far.
+func (h *host) logWithoutSpool(found *facts, r record, log backend.ComputeLog) backend.ComputeLog {
+	log.Partial = true
+	log.StartedAt = r.CreatedAt
+	if found.bootID != r.BootID {
+		log.Exit = backend.Exit{Reason: backend.EndHostRebooted, Message: "host " + h.config.Name + " was rebooted"}
+		return log
+	}
+	log.Exit = backend.Exit{Reason: backend.EndVanished, Message: "the unit is gone and left no usage"}
+	return log
+}
+
+// readSpool takes over what the unit left. stopped says that the worker asked
+// for the end, so that how the workload then ended is no reason.
+func readSpool(log *backend.ComputeLog, s guestapi.Spool, stopped bool) {
+	if s.StartedAt != nil {
+		log.StartedAt = *s.StartedAt
+	}
+	log.EndedAt = s.RecordedAt
+	if s.StoppedAt != nil {
+		log.EndedAt = *s.StoppedAt
+	}
+	log.Exit = exitOf(text(s.Result), text(s.ExitCode), text(s.ExitStatus))
+	if stopped && log.Exit.Reason != backend.EndDeadline && log.Exit.Reason != backend.EndOutOfMemory {
+		log.Exit.Reason = 0
+	}
+	measured := func(v *uint64, divide uint64) *backend.Measurement {
+		if v == nil {
+			return nil
+		}
+		return &backend.Measurement{Value: saturate(*v / divide), Source: backend.UsageHostMeasured, From: log.StartedAt, To: log.EndedAt}
+	}
+	log.Usage = backend.Usage{
+		CPU:             measured(s.Usage.CPUUsageUsec, 1000),
+		RAMPeak:         measured(s.Usage.MemoryPeakBytes, 1),
+		NetworkReceived: measured(s.Usage.NetworkReceivedBytes, 1),
+		NetworkSent:     measured(s.Usage.NetworkSentBytes, 1),
+		DiskRead:        measured(s.Usage.IOReadBytes, 1),
+		DiskWritten:     measured(s.Usage.IOWriteBytes, 1),
+	}
+	log.Partial = log.Usage.CPU == nil || log.Usage.NetworkReceived == nil || log.StartedAt.IsZero()
+}
+
+func text(s *string) string {
+	if s == nil {
+		return ""
+	}
+	return *s
+}
+
+func saturate(v uint64) int64 { return int64(min(v, 1<<63-1)) } //nolint:gosec // bounded
+
+// exitOf reads systemd's words for how a unit ended: $SERVICE_RESULT,
+// $EXIT_CODE, $EXIT_STATUS (systemd.exec(5)).
+func exitOf(result, code, status string) backend.Exit {
+	exit := backend.Exit{Reason: backend.EndWorkloadExited}
+	switch result {
+	case "timeout":
+		// The only timeout of a running unit is RuntimeMaxSec: the deadline.
+		exit.Reason = backend.EndDeadline
+	case "oom-kill":
+		exit.Reason = backend.EndOutOfMemory
+	}
+	switch code {
+	case "exited":
+		if n, err := strconv.ParseInt(status, 10, 32); err == nil {
+			c := int32(n)
+			exit.Code = &c
+		}
+	case "killed", "dumped":
+		exit.Signal = status
+	}
+	return exit
+}
