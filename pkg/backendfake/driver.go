@@ -34,6 +34,8 @@ type DriverOptions struct {
 	RetryInterval time.Duration
 	// Tries is how often a call is sent while its outcome is unclear; 3.
 	Tries int
+	// Bugs make the driver break its promises, to try a test suite on.
+	Bugs []Bug
 }
 
 // Driver is a worker.Driver on a [Provider]. It keeps all seven laws and can
@@ -94,6 +96,8 @@ func Open(provider *Provider, env worker.Env, options DriverOptions) *Driver {
 	return d
 }
 
+func (d *Driver) has(b Bug) bool { return slices.Contains(d.options.Bugs, b) }
+
 // Kill makes this and every later call of the driver fail, as if its process
 // were dead: neither the provider nor the journal hears of it again.
 func (d *Driver) Kill() { d.process.kill() }
@@ -105,6 +109,9 @@ func (d *Driver) Killed() <-chan struct{} { return d.process.died }
 func (d *Driver) Close() error { return nil }
 
 func (d *Driver) name(id backend.GrantID, attempt uint32) string {
+	if d.has(BugSecondInstance) {
+		return fmt.Sprintf("cb-%s-%p-%s-%d", d.env.BridgeID, d, id, attempt)
+	}
 	return fmt.Sprintf("cb-%s-%s-%d", d.env.BridgeID, id, attempt)
 }
 
@@ -217,7 +224,7 @@ func (d *Driver) load(ctx context.Context) (err error) {
 		return classify(ctx.Err(), "read what exists")
 	}
 	defer func() { d.loaded <- done }()
-	if done {
+	if done || d.has(BugForgetsReservations) {
 		return nil
 	}
 	open, err := d.journal.Open(ctx)
@@ -225,7 +232,7 @@ func (d *Driver) load(ctx context.Context) (err error) {
 		return err
 	}
 	views, err := d.provider.list(ctx, d.process, d.env.BridgeID)
-	if err != nil {
+	if err != nil && !d.has(BugBlind) {
 		return classify(err, "list instances")
 	}
 	d.mu.Lock()
@@ -267,6 +274,8 @@ func (d *Driver) reserve(key attemptKey, grant backend.Grant) (string, error) {
 		switch {
 		case n >= d.most(h):
 			crowded = true
+		case d.has(BugNoReservation):
+			return h.Name, nil
 		case grant.Shape.Fits(h.Capacity.Sub(used)):
 			d.reserved[key] = reservation{h.Name, grant.Shape}
 			return h.Name, nil
@@ -287,6 +296,9 @@ func (d *Driver) reserve(key attemptKey, grant backend.Grant) (string, error) {
 func (d *Driver) release(key attemptKey) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.has(BugFreesAll) {
+		clear(d.reserved)
+	}
 	delete(d.reserved, key)
 }
 
@@ -383,6 +395,12 @@ func (d *Driver) Provision(ctx context.Context, order worker.Order) (worker.Read
 
 // giveUp leaves nothing of an attempt.
 func (d *Driver) giveUp(ctx context.Context, attempt begun) error {
+	switch {
+	case d.has(BugNoUndo):
+		return errors.New("left as it is")
+	case d.has(BugSaysNone):
+		return nil
+	}
 	if !attempt.fresh {
 		return d.undo(ctx, attempt.GrantID, attempt.Number)
 	}
@@ -554,6 +572,9 @@ func (d *Driver) erase(ctx context.Context, id backend.GrantID, attempt uint32) 
 	settled := time.Now().Add(d.provider.options.VisibleAfter)
 	for {
 		err := d.retry(ctx, func() error { return d.provider.delete(ctx, d.process, id, name) })
+		if err == nil && d.has(BugEarlyGone) {
+			return nil
+		}
 		if err == nil {
 			err = d.retry(ctx, func() error {
 				_, err := d.provider.until(ctx, d.process, OpConfirm, id, name, func(view) bool { return false })
@@ -658,7 +679,7 @@ func (d *Driver) Terminate(ctx context.Context, id backend.GrantID) (*backend.Co
 		views, err = d.provider.list(ctx, d.process, d.env.BridgeID)
 		return err
 	})
-	if err != nil {
+	if err != nil && !d.has(BugBlind) {
 		return nil, classify(err, "list instances")
 	}
 	numbers := map[uint32]bool{}
@@ -711,7 +732,7 @@ func (d *Driver) settle(ctx context.Context, id backend.GrantID, attempt uint32)
 	if err != nil {
 		return classify(err, "stop the instance")
 	}
-	if v.startedAt.IsZero() {
+	if v.startedAt.IsZero() || d.has(BugLosesUsage) {
 		return nil
 	}
 	return d.journal.SaveLog(ctx, backend.ComputeLog{

@@ -36,6 +36,8 @@ type Options struct {
 	VisibleAfter time.Duration
 	// EnforceCapacity makes the provider refuse what doesn't fit into a host.
 	EnforceCapacity bool
+	// IgnoreDeadlines makes the platform not end anything by itself.
+	IgnoreDeadlines bool
 	// WithSSH gives each instance a real SSH server on loopback. Without it, a
 	// receipt names a port where nobody listens.
 	WithSSH bool
@@ -378,7 +380,11 @@ func (p *Provider) make(r request) (*instance, error) {
 	}
 	p.instances[r.name] = i
 	p.remember(r.id)
-	i.deadline = time.AfterFunc(time.Until(r.validTo), func() { p.locked(func() { p.end(i, backend.Exit{Reason: backend.EndDeadline}, "") }) })
+	if !p.options.IgnoreDeadlines {
+		i.deadline = time.AfterFunc(time.Until(r.validTo), func() {
+			p.locked(func() { p.end(i, backend.Exit{Reason: backend.EndDeadline}, "") })
+		})
+	}
 	start := func() { p.start(i) }
 	if p.options.BootTime == 0 {
 		start()

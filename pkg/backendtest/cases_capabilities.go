@@ -8,8 +8,11 @@ import (
 	"slices"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/backendgrpc"
 )
 
 func identityCases() []testCase {
@@ -85,7 +88,7 @@ func capabilitiesCases() []testCase {
 		}},
 		{name: "capabilities/answers aren't shared", run: func(e *env) {
 			a := e.capabilities()
-			want := e.capabilities()
+			want := backendgrpc.CapabilitiesFromProto(proto.CloneOf(backendgrpc.CapabilitiesToProto(a)))
 			for i := range a.Regions {
 				clear(a.Regions[i].Isolation)
 				clear(a.Regions[i].NetworkModes)
@@ -134,10 +137,12 @@ func capabilitiesCases() []testCase {
 			}
 		}},
 		{name: "capabilities/outage is stale, not an error", needs: []need{needInject}, run: func(e *env) {
-			e.capabilities()
+			before := e.capabilities()
 			fault := e.f.Inject(Fault{Point: e.f.ReadPoint, Kind: FaultUnavailable, Always: true})
 			defer fault.Release()
-			e.capabilities()
+			if after := e.capabilities(); len(after.Regions) != len(before.Regions) {
+				e.Errorf("during an outage %d regions are known, before there were %d", len(after.Regions), len(before.Regions))
+			}
 		}},
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -49,13 +50,19 @@ func errorCases() []testCase {
 			g, envelope := e.grant()
 			faults := []Injection{e.f.Inject(Fault{Point: e.f.CreatePoint, Kind: FaultLostAnswer, Always: true, GrantID: g.ID})}
 			for _, point := range e.f.DeletePoints {
+				if slices.Contains(e.f.ProvisionPoints, point) {
+					continue // It would fail before anything is made.
+				}
 				faults = append(faults, e.f.Inject(Fault{Point: point, Kind: FaultUnavailable, Always: true, GrantID: g.ID}))
 			}
 			_, err := e.b.Provision(e.ctx(), g, envelope)
 			if err == nil {
 				e.Fatalf("Provision succeeded although no answer ever came")
 			}
-			if len(e.left(g.ID)) > 0 && backenderr.CreatedOf(err) != backenderr.CreatedUnknown {
+			if len(e.left(g.ID)) == 0 {
+				e.Fatalf("nothing exists, although nothing could be deleted")
+			}
+			if backenderr.CreatedOf(err) != backenderr.CreatedUnknown {
 				e.Errorf("something exists, and the error says %s", describe(err))
 			}
 			for _, f := range faults {
@@ -63,6 +70,18 @@ func errorCases() []testCase {
 			}
 			p := e.provision(g, envelope)
 			e.same("answers after an unclear attempt", p, e.provision(g, envelope))
+		}},
+		{name: "errors/a workload that fails is told with its console", needs: []need{needFailBoot}, run: func(e *env) {
+			const console = "backendtest: no such file or directory"
+			g, envelope := e.grant()
+			e.f.FailBoot("line\n" + console)
+			_, err := e.b.Provision(e.ctx(), g, envelope)
+			e.want(err, "Provision of a workload that fails", backenderr.WorkloadFailed)
+			if err != nil && !strings.Contains(backenderr.From(err).Metadata[backenderr.MetaConsole], console) {
+				e.Errorf("the console is not told: %v", backenderr.From(err).Metadata)
+			}
+			e.wantNone(err, "Provision of a workload that fails")
+			e.provision(g, envelope)
 		}},
 		{name: "errors/cancelling can be told by errors.Is", needs: []need{needInject}, run: func(e *env) {
 			g, envelope := e.grant()

@@ -12,9 +12,11 @@ import (
 	"time"
 
 	"golang.org/x/crypto/ssh"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/backendgrpc"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
 )
 
@@ -332,6 +334,26 @@ func provisionCases() []testCase {
 			}
 			e.created(g.ID, 1)
 		}},
+		{name: "provision/when the last caller goes it is undone", needs: []need{needInject}, run: func(e *env) {
+			g, envelope := e.grant()
+			// Hang where the instance exists already.
+			last := e.f.ProvisionPoints[len(e.f.ProvisionPoints)-1]
+			fault := e.f.Inject(Fault{Point: last, Kind: FaultSlow, GrantID: g.ID})
+			defer fault.Release()
+			ctx, cancel := context.WithCancel(e.ctx())
+			defer cancel()
+			calls := []<-chan outcome{e.begin(ctx, g, envelope)}
+			receive(e, "the provider call "+last, fault.Reached())
+			calls = append(calls, e.begin(ctx, g, envelope), e.begin(ctx, g, envelope))
+			e.joined(g, envelope)
+			cancel()
+			for _, c := range calls {
+				e.want(receive(e, "a cancelled call", c).err, "a cancelled call", backenderr.Cancelled)
+			}
+			e.eventually("it is undone", func() bool { return len(e.left(g.ID)) == 0 })
+			fault.Release()
+			e.provision(g, envelope)
+		}},
 		{name: "provision/cancelled at each step is undone and may be retried", needs: []need{needInject}, run: func(e *env) {
 			for _, point := range e.f.ProvisionPoints {
 				g, envelope := e.grant()
@@ -351,13 +373,15 @@ func provisionCases() []testCase {
 			ctx, cancel := context.WithCancel(e.ctx())
 			cancel()
 			g, envelope := e.grant()
-			_, err := e.b.Provision(ctx, g, envelope)
-			if err == nil {
-				return // It was faster than the end of its context.
+			if _, err := e.b.Provision(ctx, g, envelope); err != nil {
+				e.want(err, "Provision", backenderr.Cancelled)
+				e.eventually("nothing exists", func() bool { return len(e.left(g.ID)) == 0 })
 			}
-			e.want(err, "Provision", backenderr.Cancelled)
-			e.eventually("nothing exists", func() bool { return len(e.left(g.ID)) == 0 })
-			e.provision(g, envelope)
+			p := e.provision(g, envelope)
+			if _, err := e.b.Provision(ctx, g, envelope); err != nil {
+				e.want(err, "Provision of what is ready", backenderr.Cancelled)
+			}
+			e.same("answers before and after a cancelled call", p, e.provision(g, envelope))
 		}},
 		{name: "provision/parallel grants never exceed capacity", run: func(e *env) {
 			var calls []<-chan outcome
@@ -441,7 +465,7 @@ func provisionCases() []testCase {
 			p := e.provision(g, envelope)
 			e.same("a grant before and after Provision", pristine, g)
 			e.same("an envelope before and after Provision", pristineEnvelope, envelope)
-			want := e.provision(cloneGrant(pristine), cloneEnvelope(pristineEnvelope))
+			want := backendgrpc.ProvisionedFromProto(proto.CloneOf(backendgrpc.ProvisionedToProto(p)))
 			// Spoil everything that the backend has seen or given out.
 			g.Environment["SPOILED"] = "1"
 			g.Ports[0].Number = 1

@@ -2,6 +2,7 @@ package backendtest
 
 import (
 	"context"
+	"runtime"
 	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
@@ -107,6 +108,27 @@ func terminateCases() []testCase {
 				e.want(err, "Provision after Terminate at "+point, backenderr.GrantEnded)
 			}
 		}},
+		{name: "terminate/at the same time as Provision", run: func(e *env) {
+			for round := range 8 {
+				g, envelope := e.grant()
+				call := e.begin(e.ctx(), g, envelope)
+				if round%2 == 1 {
+					runtime.Gosched()
+				}
+				end := receive(e, "Terminate", e.beginTerminate(e.ctx(), e.handle(g.ID)))
+				if end.err != nil || end.termination.State != backend.StateTerminated {
+					e.Errorf("Terminate: %s, %s", end.termination.State, describe(end.err))
+				}
+				if o := receive(e, "Provision", call); o.err != nil {
+					e.want(o.err, "Provision", backenderr.GrantEnded)
+				}
+				_, err := e.b.Provision(e.ctx(), g, envelope)
+				e.want(err, "Provision after both", backenderr.GrantEnded)
+				if left := e.left(g.ID); len(left) > 0 {
+					e.Errorf("left over: %v", left)
+				}
+			}
+		}},
 		{name: "terminate/during a watch, which then ends", run: func(e *env) {
 			_, _, p := e.ready()
 			w := e.watch(e.ctx(), p.Instance.Handle)
@@ -154,7 +176,7 @@ func terminateCases() []testCase {
 				fault := e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID, Always: true})
 				defer fault.Release()
 			}
-			ctx, cancel := context.WithTimeout(e.ctx(), 2*time.Second)
+			ctx, cancel := context.WithTimeout(e.ctx(), 1200*time.Millisecond)
 			defer cancel()
 			t, err := e.b.Terminate(ctx, p.Instance.Handle)
 			if err == nil && t.State != backend.StateTerminating {

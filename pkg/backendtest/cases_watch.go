@@ -108,8 +108,18 @@ func (e *env) checkSignature(signed *backend.SignedLog) {
 	var body bridgev1.ComputeLog
 	if err := proto.Unmarshal(signed.Body, &body); err != nil {
 		e.Errorf("compute log: the body is no ComputeLog: %v", err)
+		return
 	}
 	e.same("the signed body and the decoded log", backendgrpc.LogFromProto(&body), backendgrpc.LogFromProto(backendgrpc.LogToProto(signed.Log)))
+}
+
+// shrinks reports whether a figure that counts went back or got lost.
+func shrinks(from, to backend.Usage) bool {
+	less := func(a, b *backend.Measurement) bool { return a != nil && (b == nil || b.Value < a.Value) }
+	return less(from.CPU, to.CPU) || less(from.CPUAllocated, to.CPUAllocated) || less(from.RAMAllocated, to.RAMAllocated) ||
+		less(from.RAMPeak, to.RAMPeak) || less(from.StorageAllocated, to.StorageAllocated) ||
+		less(from.NetworkReceived, to.NetworkReceived) || less(from.NetworkSent, to.NetworkSent) ||
+		less(from.DiskRead, to.DiskRead) || less(from.DiskWritten, to.DiskWritten)
 }
 
 func watchCases() []testCase {
@@ -151,6 +161,46 @@ func watchCases() []testCase {
 			if !log.Log.Partial {
 				e.Errorf("the log of a vanished instance isn't partial")
 			}
+		}},
+		{name: "watch/an instance that the provider took back is INTERRUPTED", needs: []need{needInterrupt}, run: func(e *env) {
+			g, envelope, p := e.ready()
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			w.state()
+			if err := e.f.Interrupt(g.ID); err != nil {
+				e.Fatal(err)
+			}
+			e.checkLog(p, w.log(), backend.EndInterrupted)
+			_, err := e.b.Provision(e.ctx(), g, envelope)
+			e.want(err, "Provision of an interrupted grant", backenderr.GrantEnded)
+		}},
+		{name: "watch/usage so far grows and is signed", needs: []need{needUsage}, run: func(e *env) {
+			_, _, p := e.ready()
+			w := e.watch(e.ctx(), p.Instance.Handle)
+			var last *backend.SignedLog
+			for seen := 0; seen < 3; {
+				event := receive(e, "usage so far", w.events)
+				if event.Usage == nil {
+					continue
+				}
+				seen++
+				log := event.Usage.Log
+				if log.Final || log.GrantID != p.Instance.GrantID || !log.EndedAt.IsZero() || log.Exit.Reason != 0 {
+					e.Errorf("usage so far looks final, or is another grant's: %+v", log)
+				}
+				e.checkSignature(event.Usage)
+				if last != nil && shrinks(last.Log.Usage, log.Usage) {
+					e.Errorf("usage went from %+v to %+v", last.Log.Usage, log.Usage)
+				}
+				last = event.Usage
+			}
+			final := e.terminate(p.Instance.Handle)
+			if shrinks(last.Log.Usage, final.Log.Usage) {
+				e.Errorf("usage went from %+v to, finally, %+v", last.Log.Usage, final.Log.Usage)
+			}
+			if final.Log.Sequence <= last.Log.Sequence {
+				e.Errorf("the final log has number %d, an earlier one %d", final.Log.Sequence, last.Log.Sequence)
+			}
+			w.log()
 		}},
 		{name: "watch/ends at the deadline", run: func(e *env) {
 			g, envelope := e.short()
@@ -270,7 +320,7 @@ func watchCases() []testCase {
 			began := time.Now()
 			cancel()
 			e.want(w.err(), "a cancelled watch", backenderr.Cancelled)
-			if took := time.Since(began); took > patience/4 {
+			if took := time.Since(began); took > e.patience/4 {
 				e.Errorf("a cancelled watch took %s to end", took)
 			}
 			if len(e.left(g.ID)) == 0 {
@@ -311,23 +361,25 @@ func watchCases() []testCase {
 		}},
 		{name: "watch/logs aren't shared", run: func(e *env) {
 			_, _, p := e.ready()
-			w := e.watch(e.ctx(), p.Instance.Handle)
-			w.state()
-			want := e.terminate(p.Instance.Handle)
-			spoiled := w.log()
-			body := bytes.Clone(want.Body)
+			a, b := e.watch(e.ctx(), p.Instance.Handle), e.watch(e.ctx(), p.Instance.Handle)
+			a.state()
+			b.state()
+			own := e.terminate(p.Instance.Handle)
+			spoiled, kept := a.log(), b.log()
 			clear(spoiled.Body)
 			clear(spoiled.Signature)
-			spoiled.Log.Exit.Reason = 0
-			if spoiled.Log.Usage.CPUAllocated != nil {
-				spoiled.Log.Usage.CPUAllocated.Value = -1
+			if u := spoiled.Log.Usage.CPUAllocated; u != nil {
+				u.Value = -1
 			}
-			again := e.terminate(p.Instance.Handle)
-			if !bytes.Equal(again.Body, body) || !bytes.Equal(want.Body, body) {
-				e.Errorf("a watcher that changes its log changes those of others")
+			for what, log := range map[string]*backend.SignedLog{
+				"Terminate": own, "another watch": kept, "Terminate, again": e.terminate(p.Instance.Handle),
+				"a later watch": e.watch(e.ctx(), p.Instance.Handle).log(),
+			} {
+				if bytes.Count(log.Body, []byte{0}) == len(log.Body) {
+					e.Errorf("the log of %s was changed by a watcher that changed its own", what)
+				}
+				e.checkLog(p, log, backend.EndTerminated)
 			}
-			e.checkSignature(again)
-			e.checkUsage(want.Log)
 		}},
 	}
 }

@@ -2,6 +2,7 @@ package backendtest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -20,8 +21,9 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 )
 
-// patience is how long the suite waits for what should happen at once.
-const patience = 20 * time.Second
+// defaultPatience is how long the suite waits for what should happen at once,
+// unless the fixture says otherwise.
+const defaultPatience = 20 * time.Second
 
 // The callers that the suite plays.
 var (
@@ -37,8 +39,9 @@ type env struct {
 	m mode
 	// b is the backend, over gRPC if the mode says so, with everything that
 	// passes checked.
-	b    backend.Backend
-	wire *wire
+	b        backend.Backend
+	wire     *wire
+	patience time.Duration
 
 	mu      sync.Mutex
 	granted []backend.GrantID
@@ -47,7 +50,7 @@ type env struct {
 
 func newEnv(t testing.TB, f *Fixture, m mode) *env {
 	t.Helper()
-	e := &env{TB: t, f: f, m: m}
+	e := &env{TB: t, f: f, m: m, patience: cmp.Or(f.Patience, defaultPatience)}
 	e.use(f.Backend)
 	return e
 }
@@ -74,7 +77,7 @@ func (e *env) reopen() {
 
 // as returns a context of a caller that ends when patience does.
 func (e *env) as(c backend.Caller) context.Context {
-	ctx, cancel := context.WithTimeout(backend.WithCaller(e.Context(), c), patience)
+	ctx, cancel := context.WithTimeout(backend.WithCaller(e.Context(), c), e.patience)
 	e.Cleanup(cancel)
 	return ctx
 }
@@ -185,12 +188,12 @@ func (e *env) same(what string, a, b any) {
 // eventually waits until something holds.
 func (e *env) eventually(what string, holds func() bool) {
 	e.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(e.patience)
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	for !holds() {
 		if time.Now().After(deadline) {
-			e.Fatalf("after %s it still doesn't hold that %s", patience, what)
+			e.Fatalf("after %s it still doesn't hold that %s", e.patience, what)
 		}
 		<-tick.C
 	}
@@ -198,7 +201,7 @@ func (e *env) eventually(what string, holds func() bool) {
 
 // left returns the names of what the provider holds for a grant, or for all.
 func (e *env) left(ids ...backend.GrantID) []string {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), e.patience)
 	defer cancel()
 	all, err := e.f.Leftovers(ctx)
 	if err != nil {
@@ -236,8 +239,8 @@ func receive[T any](e *env, what string, c <-chan T) T {
 	select {
 	case v := <-c:
 		return v
-	case <-time.After(patience):
-		e.Fatalf("waited %s for %s", patience, what)
+	case <-time.After(e.patience):
+		e.Fatalf("waited %s for %s", e.patience, what)
 	}
 	panic("unreachable")
 }
@@ -272,8 +275,8 @@ func (w *watcher) state() backend.State {
 			}
 		case err := <-w.done:
 			w.e.Fatalf("the watch ended while a state was awaited: %s", describe(err))
-		case <-time.After(patience):
-			w.e.Fatalf("waited %s for a state", patience)
+		case <-time.After(w.e.patience):
+			w.e.Fatalf("waited %s for a state", w.e.patience)
 		}
 	}
 }
@@ -354,7 +357,7 @@ func (e *env) finish() {
 // end ends a grant as an operator does, however the case left it.
 func (e *env) end(id backend.GrantID) {
 	e.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(e.patience)
 	for {
 		ctx, cancel := context.WithDeadline(backend.WithCaller(context.Background(), operator), deadline)
 		t, err := e.b.Terminate(ctx, e.handle(id))

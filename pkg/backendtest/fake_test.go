@@ -9,7 +9,9 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -28,12 +30,11 @@ import (
 
 // breakage is what a broken worker does differently.
 type breakage struct {
-	// provider and driver change the options.
+	// provider changes the provider.
 	provider func(*backendfake.Options)
-	// journal wraps what the driver writes to.
-	journal func(worker.Journal) worker.Journal
-	// driver wraps the driver, backend the whole.
-	driver  func(worker.Driver) worker.Driver
+	// bugs are the driver's.
+	bugs []backendfake.Bug
+	// backend wraps the whole.
 	backend func(backend.Backend) backend.Backend
 }
 
@@ -77,6 +78,25 @@ var (
 	}
 )
 
+// emptyLedger returns the file of a ledger that was just made. Making one takes
+// longer, under the race detector, than all else that a case needs.
+var emptyLedger = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "backendtest")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = os.RemoveAll(dir) }()
+	path := filepath.Join(dir, "ledger.db")
+	l, err := ledger.Open(context.Background(), ledger.Config{Path: path})
+	if err != nil {
+		return nil, err
+	}
+	if err := l.Close(); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(path)
+})
+
 // openFake returns an opener of fixtures with a worker that is broken in one
 // way, or in none.
 func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fixture {
@@ -92,8 +112,15 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 		secret := make([]byte, 32)
 		_, _ = rand.Read(secret) // Never fails.
 		f.secret = redact.New(secret)
-		var err error
-		if f.ledger, err = ledger.Open(t.Context(), ledger.Config{Path: filepath.Join(t.TempDir(), "ledger.db")}); err != nil {
+		path := filepath.Join(t.TempDir(), "ledger.db")
+		empty, err := emptyLedger()
+		if err == nil {
+			err = os.WriteFile(path, empty, 0o600)
+		}
+		if err == nil {
+			f.ledger, err = ledger.Open(t.Context(), ledger.Config{Path: path})
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() {
@@ -121,7 +148,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 			return g, backend.Envelope{SSHPublicKey: line, PostHash: g.PostHash}
 		},
 		Capacity:     4,
-		ShortestLife: time.Second,
+		ShortestLife: 600 * time.Millisecond,
 		Leftovers: func(context.Context) ([]Leftover, error) {
 			var out []Leftover
 			for _, name := range f.provider.Names() {
@@ -149,6 +176,14 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 			}
 			return nil
 		},
+		Interrupt: func(id backend.GrantID) error {
+			if !f.provider.Interrupt(id) {
+				return fmt.Errorf("nothing runs for grant %s", id)
+			}
+			return nil
+		},
+		FailBoot:      func(console string) { f.provider.FailBoot(backendfake.ExitStatus{Code: 127, Console: console}) },
+		UsageInterval: usageInterval,
 		Inject: func(fault Fault) Injection {
 			times := 1
 			if fault.Always {
@@ -193,6 +228,9 @@ var fakeKinds = map[FaultKind]backendfake.Kind{
 	FaultCrashBefore: backendfake.CrashBefore, FaultCrashAfter: backendfake.CrashAfter,
 }
 
+// usageInterval is how often the fake reports usage.
+const usageInterval = 20 * time.Millisecond
+
 // start starts a worker process.
 func (f *fake) start(t testing.TB) backend.Backend {
 	t.Helper()
@@ -203,20 +241,14 @@ func (f *fake) start(t testing.TB) backend.Backend {
 	if err != nil {
 		t.Fatal(err)
 	}
-	env := runtime.Env()
-	if f.broken.journal != nil {
-		env.Journal = f.broken.journal(env.Journal)
-	}
-	own := backendfake.Open(f.provider, env, backendfake.DriverOptions{BootTimeout: time.Second})
-	var driver worker.Driver = own
-	if f.broken.driver != nil {
-		driver = f.broken.driver(driver)
-	}
+	driver := backendfake.Open(f.provider, runtime.Env(), backendfake.DriverOptions{
+		BootTimeout: time.Second, UsageInterval: usageInterval, Bugs: f.broken.bugs,
+	})
 	if err := runtime.Start(context.Background(), driver); err != nil {
 		t.Fatal(err)
 	}
 	f.mu.Lock()
-	f.runtime, f.driver = runtime, own
+	f.runtime, f.driver = runtime, driver
 	f.mu.Unlock()
 	if f.broken.backend != nil {
 		return f.broken.backend(runtime)
@@ -278,6 +310,22 @@ func login(ctx context.Context, r backend.Receipt, key redact.Secret) error {
 
 // plain is a provider that takes a little time for everything.
 var plain = backendfake.Options{BootTime: 3 * time.Millisecond, DeleteTime: 5 * time.Millisecond, WithSSH: true}
+
+// lagging is a provider like many clouds: reads and deletes find an instance
+// only some time after it was made, and its own limits count too.
+var lagging = backendfake.Options{
+	BootTime: 5 * time.Millisecond, DeleteTime: 15 * time.Millisecond, VisibleAfter: 20 * time.Millisecond, EnforceCapacity: true,
+}
+
+func TestFakeHonoursTheContractWhenReadsLag(t *testing.T) {
+	h := Harness{Open: openFake(lagging, breakage{})}
+	for _, c := range cases() {
+		group, _, _ := strings.Cut(c.name, "/")
+		if slices.Contains([]string{"provision", "terminate", "errors", "crash"}, group) && !slices.Contains(c.needs, needLogin) {
+			t.Run(c.name, func(t *testing.T) { runCase(t, h, c, direct) })
+		}
+	}
+}
 
 func TestFakeHonoursTheContract(t *testing.T) {
 	Run(t, Harness{Open: openFake(plain, breakage{})})

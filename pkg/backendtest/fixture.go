@@ -39,6 +39,10 @@ type Fixture struct {
 	// accepts and that leaves time to provision.
 	ShortestLife time.Duration
 
+	// Patience is how long to wait for what should happen at once; 0 means
+	// 20 s.
+	Patience time.Duration
+
 	// Leftovers returns everything that the provider holds for the bridge, of
 	// running instances too, as the provider itself tells it.
 	Leftovers func(ctx context.Context) ([]Leftover, error)
@@ -53,6 +57,14 @@ type Fixture struct {
 	// Vanish removes a ready grant's instance behind the backend's back.
 	// Optional.
 	Vanish func(id backend.GrantID) error
+
+	// Interrupt has the provider take a ready grant's instance back. Optional.
+	Interrupt func(id backend.GrantID) error
+	// FailBoot makes the next instance's workload print console and end before
+	// it is ready. Optional.
+	FailBoot func(console string)
+	// UsageInterval is how often a watch reports usage so far. Optional.
+	UsageInterval time.Duration
 
 	// Inject makes the provider fail. Optional.
 	Inject func(f Fault) Injection
@@ -170,6 +182,9 @@ const (
 	needMutations need = "Mutations"
 	needExit      need = "Exit"
 	needVanish    need = "Vanish"
+	needInterrupt need = "Interrupt"
+	needFailBoot  need = "FailBoot"
+	needUsage     need = "UsageInterval"
 	needInject    need = "Inject"
 	needReopen    need = "Reopen"
 	needKill      need = "Kill"
@@ -186,6 +201,12 @@ func (f *Fixture) has(n need) bool {
 		return f.Exit != nil
 	case needVanish:
 		return f.Vanish != nil
+	case needInterrupt:
+		return f.Interrupt != nil
+	case needFailBoot:
+		return f.FailBoot != nil
+	case needUsage:
+		return f.UsageInterval > 0
 	case needInject:
 		return f.Inject != nil && len(f.ProvisionPoints) > 0 && f.CreatePoint != "" && len(f.DeletePoints) > 0 && f.ReadPoint != ""
 	case needReopen:

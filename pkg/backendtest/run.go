@@ -1,6 +1,7 @@
 package backendtest
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -40,13 +41,8 @@ const (
 func Run(t *testing.T, h Harness) {
 	t.Helper()
 	all := cases()
-	for name, reason := range h.Skip {
-		if !slices.ContainsFunc(all, func(c testCase) bool { return c.name == name }) {
-			t.Errorf("Skip names %q, which is no case", name)
-		}
-		if strings.TrimSpace(reason) == "" {
-			t.Errorf("Skip has no reason for %q", name)
-		}
+	for _, problem := range checkSkip(all, h.Skip) {
+		t.Error(problem)
 	}
 	for _, m := range []mode{direct, grpc} {
 		t.Run(string(m), func(t *testing.T) {
@@ -62,6 +58,20 @@ func Run(t *testing.T, h Harness) {
 			}
 		})
 	}
+}
+
+// checkSkip returns what is wrong with the exceptions.
+func checkSkip(all []testCase, skip map[string]string) []string {
+	var problems []string
+	for name, reason := range skip {
+		if !slices.ContainsFunc(all, func(c testCase) bool { return c.name == name }) {
+			problems = append(problems, fmt.Sprintf("Skip names %q, which is no case", name))
+		}
+		if strings.TrimSpace(reason) == "" {
+			problems = append(problems, fmt.Sprintf("Skip gives no reason for %q", name))
+		}
+	}
+	return problems
 }
 
 // runCase runs one case on a fresh fixture.

@@ -1,0 +1,472 @@
+package backendtest
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
+)
+
+// recorder is a test whose failures are written down.
+type recorder struct {
+	testing.TB
+	ctx    context.Context //nolint:containedctx // It is a test's.
+	cancel context.CancelFunc
+
+	mu       sync.Mutex
+	failures []string
+	cleanups []func()
+}
+
+func (r *recorder) Context() context.Context { return r.ctx }
+func (r *recorder) Helper()                  {}
+func (r *recorder) Log(...any)               {}
+func (r *recorder) Logf(string, ...any)      {}
+
+func (r *recorder) Cleanup(f func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.cleanups = append(r.cleanups, f)
+}
+
+func (r *recorder) Errorf(format string, args ...any) { r.Error(fmt.Sprintf(format, args...)) }
+
+func (r *recorder) Error(args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.failures = append(r.failures, fmt.Sprint(args...))
+}
+
+func (r *recorder) Fatalf(format string, args ...any) {
+	r.Error(fmt.Sprintf(format, args...))
+	runtime.Goexit()
+}
+
+func (r *recorder) Fatal(args ...any) {
+	r.Error(args...)
+	runtime.Goexit()
+}
+
+func (r *recorder) Fail()    { r.Error("failed") }
+func (r *recorder) FailNow() { r.Fatal("failed") }
+
+func (r *recorder) Failed() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.failures) > 0
+}
+
+// record runs one case and returns its failures.
+func record(t *testing.T, open func(testing.TB) *Fixture, name string, m mode) []string {
+	t.Helper()
+	all := cases()
+	n := slices.IndexFunc(all, func(c testCase) bool { return c.name == name })
+	if n < 0 {
+		t.Fatalf("no case %q", name)
+	}
+	r := &recorder{TB: t}
+	r.ctx, r.cancel = context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() {
+			r.cancel()
+			for len(r.cleanups) > 0 {
+				last := r.cleanups[len(r.cleanups)-1]
+				r.cleanups = r.cleanups[:len(r.cleanups)-1]
+				last()
+			}
+		}()
+		runCase(r, Harness{Open: open}, all[n], m)
+	}()
+	<-done
+	return r.failures
+}
+
+// wrap is a backend that does some things differently.
+type wrap struct {
+	backend.Backend
+	provision  func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error)
+	canSatisfy func(ctx context.Context, b backend.Backend, g backend.Grant) (backend.Satisfaction, error)
+	watch      func(ctx context.Context, b backend.Backend, h backend.Handle, emit func(backend.Event) error) error
+	terminate  func(ctx context.Context, b backend.Backend, h backend.Handle) (backend.Termination, error)
+	name       func() string
+}
+
+func (w wrap) Name(ctx context.Context) (string, error) {
+	if w.name != nil {
+		return w.name(), nil
+	}
+	return w.Backend.Name(ctx)
+}
+
+func (w wrap) CanSatisfy(ctx context.Context, g backend.Grant) (backend.Satisfaction, error) {
+	if w.canSatisfy != nil {
+		return w.canSatisfy(ctx, w.Backend, g)
+	}
+	return w.Backend.CanSatisfy(ctx, g)
+}
+
+func (w wrap) Provision(ctx context.Context, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+	if w.provision != nil {
+		return w.provision(ctx, w.Backend, g, v)
+	}
+	return w.Backend.Provision(ctx, g, v)
+}
+
+func (w wrap) WatchUntilExit(ctx context.Context, h backend.Handle, emit func(backend.Event) error) error {
+	if w.watch != nil {
+		return w.watch(ctx, w.Backend, h, emit)
+	}
+	return w.Backend.WatchUntilExit(ctx, h, emit)
+}
+
+func (w wrap) Terminate(ctx context.Context, h backend.Handle) (backend.Termination, error) {
+	if w.terminate != nil {
+		return w.terminate(ctx, w.Backend, h)
+	}
+	return w.Backend.Terminate(ctx, h)
+}
+
+func wrapped(w wrap) breakage {
+	return breakage{backend: func(b backend.Backend) backend.Backend {
+		w := w
+		w.Backend = b
+		return w
+	}}
+}
+
+func buggy(bugs ...backendfake.Bug) breakage { return breakage{bugs: bugs} }
+
+// answers remembers what was provisioned.
+type answers struct {
+	mu     sync.Mutex
+	grants map[backend.GrantID]backend.Grant
+	ready  map[backend.GrantID]backend.Provisioned
+}
+
+func newAnswers() *answers {
+	return &answers{grants: map[backend.GrantID]backend.Grant{}, ready: map[backend.GrantID]backend.Provisioned{}}
+}
+
+// broken is a table of backends that each break one promise, and the cases
+// that must notice.
+func broken(t *testing.T) map[string]struct {
+	breakage
+	caughtBy []string
+} {
+	t.Helper()
+	type entry = struct {
+		breakage
+		caughtBy []string
+	}
+	first, conflicts, shared, again := newAnswers(), newAnswers(), newAnswers(), newAnswers()
+	release := make(chan struct{})
+	t.Cleanup(func() { close(release) })
+	return map[string]entry{
+		"forgets undo": {buggy(backendfake.BugNoUndo), []string{
+			"provision/cancelled at each step is undone and may be retried",
+		}},
+		"says created=none while something exists": {buggy(backendfake.BugSaysNone), []string{
+			"errors/clean-up that isn't confirmed is unknown", "errors/an answer lost for good",
+		}},
+		"second instance on retry": {buggy(backendfake.BugSecondInstance), []string{
+			"crash/during Provision, which is then retried", "terminate/works after a restart",
+		}},
+		"over-commits": {buggy(backendfake.BugNoReservation), []string{
+			"provision/parallel grants never exceed capacity", "capabilities/count what exists",
+		}},
+		"forgets reservations at a restart": {buggy(backendfake.BugForgetsReservations), []string{
+			"provision/capacity outlives a restart", "capabilities/count what exists after a restart",
+		}},
+		"frees other grants' reservations": {buggy(backendfake.BugFreesAll), []string{"terminate/frees only its own reservation"}},
+		"counts an accepted delete as done": {buggy(backendfake.BugEarlyGone), []string{
+			"terminate/leaves nothing and tells what was used", "terminate/works after a restart",
+		}},
+		"takes blindness for emptiness": {buggy(backendfake.BugBlind), []string{"terminate/a grant never seen while the provider can't be read"}},
+		"loses the usage":               {buggy(backendfake.BugLosesUsage), []string{"terminate/leaves nothing and tells what was used"}},
+		"doesn't enforce deadlines": {
+			breakage{provider: func(o *backendfake.Options) { o.IgnoreDeadlines = true }},
+			[]string{"watch/the deadline needs no worker"},
+		},
+		"ignores conflicts": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			conflicts.mu.Lock()
+			known, ok := conflicts.ready[g.ID]
+			conflicts.mu.Unlock()
+			if ok {
+				return known, nil
+			}
+			p, err := b.Provision(ctx, g, v)
+			if err == nil {
+				conflicts.mu.Lock()
+				conflicts.ready[g.ID] = p
+				conflicts.mu.Unlock()
+			}
+			return p, err
+		}}), []string{"provision/other content is a conflict", "ownership/a stranger gets no receipt", "provision/never again after Terminate"}},
+		"runs again after the end": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			p, err := b.Provision(ctx, g, v)
+			again.mu.Lock()
+			defer again.mu.Unlock()
+			if err == nil {
+				again.ready[g.ID] = p
+			} else if known, ok := again.ready[g.ID]; ok && backenderr.Is(err, backenderr.GrantEnded) {
+				return known, nil
+			}
+			return p, err
+		}}), []string{
+			"provision/never again after Terminate", "provision/never again after the workload's end", "provision/never again after the end and a restart",
+		}},
+		"answers a repeated call otherwise": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			p, err := b.Provision(ctx, g, v)
+			first.mu.Lock()
+			defer first.mu.Unlock()
+			if _, known := first.grants[g.ID]; known {
+				p.Receipt.Port++
+			}
+			first.grants[g.ID] = g
+			return p, err
+		}}), []string{"provision/twice is one instance and the same answer", "provision/joined calls are one instance"}},
+		"leaks a key in an error": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			p, err := b.Provision(ctx, g, v)
+			if err != nil {
+				e := backenderr.From(err)
+				err = backenderr.Wrap(e.Reason, err, "user data was -----BEGIN OPENSSH PRIVATE KEY-----").WithCreated(e.Created).WithRetryAfter(e.RetryAfter)
+			}
+			return p, err
+		}}), []string{"errors/every refusal has its reason and leaves nothing", "errors/no secret of the grant is told"}},
+		"tells the environment in an error": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			p, err := b.Provision(ctx, g, v)
+			if err != nil {
+				e := backenderr.From(err)
+				err = backenderr.Wrap(e.Reason, err, "%v", g.Environment).WithCreated(e.Created)
+			}
+			return p, err
+		}}), []string{"errors/no secret of the grant is told"}},
+		"doesn't classify errors": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			p, err := b.Provision(ctx, g, v)
+			if err != nil {
+				err = errors.New(err.Error())
+			}
+			return p, err
+		}}), []string{"errors/every refusal has its reason and leaves nothing", "provision/malformed grants are refused"}},
+		"never says created=none": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			p, err := b.Provision(ctx, g, v)
+			if err != nil {
+				err = backenderr.From(err).Clone().WithCreated(backenderr.CreatedUnknown)
+			}
+			return p, err
+		}}), []string{"satisfy/no means that Provision refuses", "provision/parallel grants never exceed capacity"}},
+		"shares its data with callers": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			shared.mu.Lock()
+			known, ok := shared.ready[g.ID]
+			shared.mu.Unlock()
+			if ok {
+				return known, nil
+			}
+			p, err := b.Provision(ctx, g, v)
+			if err == nil {
+				shared.mu.Lock()
+				shared.ready[g.ID] = p
+				shared.mu.Unlock()
+			}
+			return p, err
+		}}), []string{"provision/what is passed and returned isn't shared"}},
+		"changes what it is given": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+			p, err := b.Provision(ctx, g, v)
+			delete(g.Environment, "NAME")
+			return p, err
+		}}), []string{"provision/what is passed and returned isn't shared"}},
+		"says yes to everything": {wrapped(wrap{canSatisfy: func(context.Context, backend.Backend, backend.Grant) (backend.Satisfaction, error) {
+			return backend.Satisfaction{Satisfiable: true}, nil
+		}}), []string{
+			"satisfy/no means that Provision refuses", "satisfy/unknown region, stronger isolation and huge sizes are no",
+			"satisfy/sizes out of all bounds are no or an error",
+		}},
+		"says no when it is full": {wrapped(wrap{canSatisfy: func(ctx context.Context, b backend.Backend, g backend.Grant) (backend.Satisfaction, error) {
+			c, err := b.Capabilities(ctx)
+			if free, _ := sum(c); err == nil && !g.Shape.Fits(free) {
+				return backend.Satisfaction{Reason: "full"}, nil
+			}
+			return b.CanSatisfy(ctx, g)
+		}}), []string{"satisfy/a full backend says yes"}},
+		"watches never end": {wrapped(wrap{watch: func(ctx context.Context, b backend.Backend, h backend.Handle, emit func(backend.Event) error) error {
+			err := b.WatchUntilExit(ctx, h, func(e backend.Event) error {
+				if e.Log != nil {
+					return nil
+				}
+				return emit(e)
+			})
+			if err != nil {
+				return err
+			}
+			<-ctx.Done()
+			return backenderr.From(ctx.Err())
+		}}), []string{"watch/begins with the state and ends with the log", "terminate/during a watch, which then ends"}},
+		"watches end without the log": {wrapped(wrap{watch: func(ctx context.Context, b backend.Backend, h backend.Handle, emit func(backend.Event) error) error {
+			return b.WatchUntilExit(ctx, h, func(e backend.Event) error {
+				if e.Log != nil {
+					return nil
+				}
+				return emit(e)
+			})
+		}}), []string{"watch/begins with the state and ends with the log"}},
+		"watches don't begin with the state": {wrapped(wrap{watch: func(ctx context.Context, b backend.Backend, h backend.Handle, emit func(backend.Event) error) error {
+			return b.WatchUntilExit(ctx, h, func(e backend.Event) error {
+				if e.Instance != nil {
+					return nil
+				}
+				return emit(e)
+			})
+		}}), []string{"watch/answers after the end", "watch/begins with the state and ends with the log"}},
+		"watchers get different logs": {wrapped(wrap{watch: func(ctx context.Context, b backend.Backend, h backend.Handle, emit func(backend.Event) error) error {
+			return b.WatchUntilExit(ctx, h, func(e backend.Event) error {
+				if e.Log != nil {
+					log := *e.Log
+					log.Signature = make([]byte, 64)
+					_, _ = rand.Read(log.Signature) // Never fails.
+					e.Log = &log
+				}
+				return emit(e)
+			})
+		}}), []string{"watch/watchers agree", "watch/begins with the state and ends with the log"}},
+		"says TERMINATED too early": {wrapped(wrap{terminate: func(ctx context.Context, b backend.Backend, h backend.Handle) (backend.Termination, error) {
+			go func() { _, _ = b.Terminate(context.WithoutCancel(ctx), h) }() // Its end is not waited for: that is the bug.
+			return backend.Termination{State: backend.StateTerminated}, nil
+		}}), []string{"terminate/leaves nothing and tells what was used", "terminate/is honest while it can't finish"}},
+		"doesn't close what it has never seen": {wrapped(wrap{terminate: func(ctx context.Context, b backend.Backend, h backend.Handle) (backend.Termination, error) {
+			watching, cancel := context.WithCancel(ctx)
+			defer cancel()
+			err := b.WatchUntilExit(watching, h, func(backend.Event) error { cancel(); return nil })
+			if backenderr.Is(err, backenderr.InstanceNotFound) {
+				return backend.Termination{State: backend.StateTerminated}, nil
+			}
+			return b.Terminate(ctx, h)
+		}}), []string{"provision/never after Terminate came first"}},
+		"asks nobody who they are": {breakage{backend: func(b backend.Backend) backend.Backend { return anybody{b} }}, []string{
+			"ownership/a stranger may not watch", "ownership/a stranger may not terminate", "ownership/a stranger gets nothing after the end",
+		}},
+		"changes its name": {wrapped(wrap{name: func() string {
+			return fmt.Sprintf("fake-%d", time.Now().UnixNano())
+		}}), []string{"identity/name is well-formed and constant", "capabilities/repeatable and complete"}},
+		"leaves goroutines": {wrapped(wrap{canSatisfy: func(ctx context.Context, b backend.Backend, g backend.Grant) (backend.Satisfaction, error) {
+			go func() { <-release }()
+			return b.CanSatisfy(ctx, g)
+		}}), []string{"satisfy/asking changes nothing"}},
+	}
+}
+
+// anybody makes an operator of everyone.
+type anybody struct{ backend.Backend }
+
+func everybody(ctx context.Context) context.Context {
+	return backend.WithCaller(ctx, backend.Caller{Identity: owner.Identity, Role: backend.RoleOperator})
+}
+
+func (a anybody) Provision(ctx context.Context, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+	return a.Backend.Provision(everybody(ctx), g, v)
+}
+
+func (a anybody) WatchUntilExit(ctx context.Context, h backend.Handle, emit func(backend.Event) error) error {
+	return a.Backend.WatchUntilExit(everybody(ctx), h, emit)
+}
+
+func (a anybody) Terminate(ctx context.Context, h backend.Handle) (backend.Termination, error) {
+	return a.Backend.Terminate(everybody(ctx), h)
+}
+
+// hasty makes broken backends fail soon.
+func hasty(open func(testing.TB) *Fixture) func(testing.TB) *Fixture {
+	return func(t testing.TB) *Fixture {
+		f := open(t)
+		f.Patience = 1500 * time.Millisecond
+		return f
+	}
+}
+
+func TestBrokenBackendsAreCaught(t *testing.T) {
+	for name, b := range broken(t) {
+		t.Run(name, func(t *testing.T) {
+			for _, c := range b.caughtBy {
+				failures := record(t, hasty(openFake(plain, b.breakage)), c, direct)
+				if len(failures) == 0 {
+					t.Errorf("%q doesn't notice", c)
+					continue
+				}
+				message, _, _ := strings.Cut(failures[0], "\n")
+				t.Logf("%s: %.150s", c, message)
+			}
+		})
+	}
+}
+
+// The cases that catch broken backends pass on the sound one in the same
+// setting, so that it is the bug that they catch.
+func TestSoundBackendIsNotCaught(t *testing.T) {
+	seen := map[string]bool{}
+	for _, b := range broken(t) {
+		for _, c := range b.caughtBy {
+			if seen[c] {
+				continue
+			}
+			seen[c] = true
+			if failures := record(t, hasty(openFake(plain, breakage{})), c, direct); len(failures) > 0 {
+				t.Errorf("%s: %s", c, strings.Join(failures, "\n"))
+			}
+		}
+	}
+}
+
+func TestNothingIsLeftOutSilently(t *testing.T) {
+	for name, take := range map[string]func(*Fixture){
+		"Inject": func(f *Fixture) { f.Inject = nil },
+		"Reopen": func(f *Fixture) { f.Reopen = nil },
+	} {
+		open := openFake(plain, breakage{})
+		failures := record(t, func(t testing.TB) *Fixture {
+			f := open(t)
+			take(f)
+			return f
+		}, "crash/during Provision, which is then retried", direct)
+		if len(failures) != 1 || !strings.Contains(failures[0], "no "+name) {
+			t.Errorf("without %s: %q", name, failures)
+		}
+	}
+	for name, c := range map[string]struct {
+		skip map[string]string
+		want string
+	}{
+		"unknown name": {map[string]string{"provision/nonsense": "because"}, "no case"},
+		"no reason":    {map[string]string{"terminate/malformed handles": " "}, "no reason"},
+	} {
+		if problems := checkSkip(cases(), c.skip); len(problems) != 1 || !strings.Contains(problems[0], c.want) {
+			t.Errorf("%s: %q", name, problems)
+		}
+	}
+	if problems := checkSkip(cases(), map[string]string{"terminate/malformed handles": "a reason"}); len(problems) > 0 {
+		t.Errorf("a proper exception: %q", problems)
+	}
+}
+
+func TestCaseNamesAreUnique(t *testing.T) {
+	seen := map[string]bool{}
+	for _, c := range cases() {
+		if seen[c.name] {
+			t.Errorf("two cases are named %q", c.name)
+		}
+		seen[c.name] = true
+		if group, rest, ok := strings.Cut(c.name, "/"); !ok || group == "" || rest == "" {
+			t.Errorf("case %q is not group/case", c.name)
+		}
+	}
+}
