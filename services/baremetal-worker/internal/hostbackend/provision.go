@@ -228,7 +228,13 @@ func (h *host) writeFiles(ctx context.Context, found *facts, w workload, grant b
 	if err := h.fs.WriteFile(ctx, w.dir+"/"+recordFile, data, 0o600); err != nil {
 		return err
 	}
-	return h.fs.WriteFile(ctx, w.dir+"/"+guestapi.ConfigFileName, guest, 0o600)
+	config := w.dir + "/" + guestapi.ConfigFileName
+	if err := h.fs.WriteFile(ctx, config, guest, 0o600); err != nil {
+		return err
+	}
+	// The guest reads it as the container's root. An id-mapped mount would do,
+	// too, but not on every file system.
+	return h.fs.Chown(ctx, config, w.uidBase, w.uidBase)
 }
 
 // start starts the unit, or finds it started.

@@ -98,8 +98,8 @@ func (w workload) unit() (systemd.Unit, error) {
 		Engine: w.engine(), Name: w.names.stem(), Hostname: "cb-" + w.names.grant.String()[:12], ImageID: w.imageID, Network: w.names.stem(),
 		Publish: w.publish(),
 		Mounts: []podman.Mount{
-			{Source: w.guest, Target: guestapi.ContainerBinaryPath, ReadOnly: true, MapIDs: true},
-			{Source: w.dir + "/" + guestapi.ConfigFileName, Target: guestapi.ContainerConfigPath, ReadOnly: true, MapIDs: true},
+			{Source: w.guest, Target: guestapi.ContainerBinaryPath, ReadOnly: true},
+			{Source: w.dir + "/" + guestapi.ConfigFileName, Target: guestapi.ContainerConfigPath, ReadOnly: true},
 		},
 		Labels:       w.labels(),
 		IDMap:        &podman.IDMap{Base: w.uidBase, Size: uidsPerSlot},
