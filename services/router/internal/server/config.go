@@ -1,13 +1,15 @@
 package server
 
 import (
-	"errors"
-	"fmt"
-	"regexp"
+	"cmp"
+	"io"
+	"log/slog"
 	"time"
 
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/config"
 	"github.com/compute-bridge/compute-bridge/pkg/grpcx"
+	"github.com/compute-bridge/compute-bridge/pkg/telemetry"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/workers"
 )
 
@@ -17,24 +19,29 @@ type Config struct {
 	BridgeID string `toml:"bridge_id"`
 	// FallThrough tries the next backend after a clean refusal.
 	FallThrough bool `toml:"fall_through"`
-	// ShutdownTimeout is how long calls under way get to finish at the end.
+	// ShutdownTimeout is how long calls under way get when the process stops.
 	ShutdownTimeout config.Duration `toml:"shutdown_timeout"`
-	grpcx.ServerConfig
+	// LogLevel is debug, info, warn or error.
+	LogLevel string `toml:"log_level"`
+	// MetricsAddress serves /metrics over HTTP; empty: nowhere.
+	MetricsAddress string `toml:"metrics_address"`
+
 	// Ledger holds the claims.
 	Ledger LedgerConfig `toml:"ledger"`
+
+	grpcx.ServerConfig
+
 	// Backends in the operator's order of preference.
 	Backends []BackendConfig `toml:"backend"`
 }
 
 // LedgerConfig says where the claims are.
 type LedgerConfig struct {
-	// Driver is "sqlite".
-	Driver string `toml:"driver"`
 	// Path is the SQLite file.
 	Path config.Path `toml:"path"`
 }
 
-// BackendConfig is one backend.
+// BackendConfig is one backend. Limits that are zero have their defaults.
 type BackendConfig struct {
 	// Name is the first part of the handles of what runs there.
 	Name string `toml:"name"`
@@ -56,87 +63,67 @@ const (
 	defaultPollInterval      = 5 * time.Second
 	defaultPollTimeout       = 3 * time.Second
 	defaultConnectTimeout    = 5 * time.Second
-	defaultShutdownTimeout   = 30 * time.Second
 )
 
 // SetDefaults implements [config.Defaulter].
 func (c *Config) SetDefaults() {
 	c.FallThrough = true
-	c.ShutdownTimeout = config.Duration{Duration: defaultShutdownTimeout}
+	c.ShutdownTimeout.Duration = 10 * time.Second
+	c.LogLevel = "info"
 }
 
-// Load reads the configuration file at path and checks it, with the files that
-// it names. The error has all problems, each with its key.
-func Load(path string) (Config, error) {
-	c, err := config.Load[Config](path)
-	if err != nil {
-		return Config{}, err
-	}
-	if err := c.check(); err != nil {
-		return Config{}, fmt.Errorf("configuration: %s: %w", path, err)
-	}
-	return c, nil
-}
-
-// backendName is the contract's form of a name.
-var backendName = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`) //nolint:gochecknoglobals // A constant.
-
-func (c *Config) check() error {
+// Validate implements [config.Validator].
+func (c Config) Validate() error {
 	var p config.Problems
-	if !backendName.MatchString(c.BridgeID) {
-		p.Add("bridge_id", "%q is not a name: want [a-z][a-z0-9-]*, at most 32 characters", c.BridgeID)
+	if !backend.ValidName(c.BridgeID) {
+		p.Add("bridge_id", "%q: want [a-z][a-z0-9-]*, at most 32 bytes", c.BridgeID)
+	}
+	if _, err := c.Logger(io.Discard); err != nil {
+		p.Add("log_level", "%q: want debug, info, warn or error", c.LogLevel)
 	}
 	if c.Ledger.Path == "" {
 		p.Add("ledger.path", "missing: the file that remembers which backend has which grant")
 	}
-	problems := []error{p.Err(), c.ServerConfig.Validate()}
+	p.Join(c.ServerConfig.Validate())
 	if len(c.Backends) == 0 {
-		problems = append(problems, errors.New("backend: no [[backend]] section; the router needs at least one"))
+		p.Add("backend", "no [[backend]] section; the router needs at least one")
 	}
-	names := map[string]int{}
+	first := map[string]int{}
 	servesTLS, dialsTLS := false, false
 	for _, l := range c.Listen {
 		servesTLS = servesTLS || (l.Address != "" && !l.Insecure && grpcx.UnixPath(l.Address) == "")
 	}
-	for i := range c.Backends {
-		b, key := &c.Backends[i], config.Key("backend", i)
-		b.setDefaults()
-		problems = append(problems, b.Validate(key))
-		if !backendName.MatchString(b.Name) {
-			problems = append(problems, fmt.Errorf("%s.name: %q is not a name: want [a-z][a-z0-9-]*, at most 32 characters", key, b.Name))
-		} else if first, taken := names[b.Name]; taken {
-			problems = append(problems, fmt.Errorf("%s.name: %q is the name of backend[%d] already", key, b.Name, first))
-		} else {
-			names[b.Name] = i
+	for i, b := range c.Backends {
+		key := config.Key("backend", i)
+		p.Join(b.ClientConfig.Validate(key))
+		switch other, taken := first[b.Name]; {
+		case !backend.ValidName(b.Name):
+			p.Add(config.Key(key, "name"), "%q: want [a-z][a-z0-9-]*, at most 32 bytes", b.Name)
+		case taken:
+			p.Add(config.Key(key, "name"), "%q is the name of backend[%d] already", b.Name, other)
+		default:
+			first[b.Name] = i
 		}
 		dialsTLS = dialsTLS || (b.Target != "" && !b.Insecure && grpcx.UnixPath(b.Target) == "")
 	}
+	// A listener that needs the files has them checked above.
 	if dialsTLS && !servesTLS {
-		problems = append(problems, c.TLS.Validate("tls"))
+		p.Join(c.TLS.Validate("tls"))
 	}
-	return errors.Join(problems...)
+	return p.Err()
 }
 
-func (b *BackendConfig) setDefaults() {
-	for _, d := range []struct {
-		field *config.Duration
-		value time.Duration
-	}{
-		{&b.CanSatisfyTimeout, defaultCanSatisfyTimeout},
-		{&b.PollInterval, defaultPollInterval},
-		{&b.PollTimeout, defaultPollTimeout},
-		{&b.ConnectTimeout, defaultConnectTimeout},
-	} {
-		if d.field.Duration == 0 {
-			d.field.Duration = d.value
-		}
-	}
+// Logger returns the logger that the configuration asks for.
+func (c Config) Logger(w io.Writer) (*slog.Logger, error) {
+	return telemetry.NewLogger(w, telemetry.LogConfig{Level: c.LogLevel})
 }
 
-func (b *BackendConfig) worker() workers.Config {
+func (b BackendConfig) worker() workers.Config {
 	return workers.Config{
 		Name: b.Name, Client: b.ClientConfig,
-		PollInterval: b.PollInterval.Duration, PollTimeout: b.PollTimeout.Duration,
-		AnswerTimeout: b.CanSatisfyTimeout.Duration, ConnectTimeout: b.ConnectTimeout.Duration,
+		AnswerTimeout:  cmp.Or(b.CanSatisfyTimeout.Duration, defaultCanSatisfyTimeout),
+		PollInterval:   cmp.Or(b.PollInterval.Duration, defaultPollInterval),
+		PollTimeout:    cmp.Or(b.PollTimeout.Duration, defaultPollTimeout),
+		ConnectTimeout: cmp.Or(b.ConnectTimeout.Duration, defaultConnectTimeout),
 	}
 }

@@ -9,7 +9,7 @@ import (
 	"log/slog"
 	"runtime/debug"
 
-	"github.com/prometheus/client_golang/prometheus"
+	"github.com/compute-bridge/compute-bridge/pkg/config"
 )
 
 // Exit codes of the router.
@@ -40,7 +40,7 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stdout, buildVersion())
 		return exitOK
 	}
-	c, err := Load(*path)
+	c, err := config.Load[Config](*path)
 	switch {
 	case err != nil:
 	case *check:
@@ -48,7 +48,10 @@ func Main(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	case *healthy:
 		err = CheckHealth(ctx, c)
 	default:
-		err = Run(ctx, c, slog.New(slog.NewJSONHandler(stderr, nil)), prometheus.NewRegistry(), nil)
+		var log *slog.Logger
+		if log, err = c.Logger(stderr); err == nil {
+			err = Run(ctx, c, log, nil)
+		}
 	}
 	if err != nil {
 		fmt.Fprintf(stderr, "router: %v\n", err)

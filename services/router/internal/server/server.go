@@ -9,29 +9,41 @@ import (
 	"log/slog"
 	"net"
 	"sync"
-
-	"github.com/prometheus/client_golang/prometheus"
+	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/grpcx"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/telemetry"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/api"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/claims"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/fleet"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/workers"
 )
 
+// metricsTimeout is how long a reading of the metrics may keep the end waiting.
+const metricsTimeout = 2 * time.Second
+
 // Run serves until ctx ends. listening, if not nil, is called with the
-// addresses once calls are taken. c comes from [Load].
+// addresses once calls are taken. c is valid.
 //
 // What runs at the backends is not touched by the end of the router.
-func Run(ctx context.Context, c Config, log *slog.Logger, metrics prometheus.Registerer, listening func([]net.Addr)) (err error) {
+func Run(ctx context.Context, c Config, log *slog.Logger, listening func([]net.Addr)) (failure error) {
 	// Deferred calls run in reverse: the server stops first, then the watches,
-	// then the connections, then the ledger.
-	store, err := ledger.Open(ctx, ledger.Config{Driver: c.Ledger.Driver, Path: string(c.Ledger.Path)})
+	// the connections, the ledger and, last of all, the metrics.
+	metrics := telemetry.NewRegistry()
+	if c.MetricsAddress != "" {
+		l, err := (&net.ListenConfig{}).Listen(ctx, "tcp", c.MetricsAddress)
+		if err != nil {
+			return fmt.Errorf("metrics_address: %w", err)
+		}
+		exporter := telemetry.ServeMetrics(l, metrics, log)
+		defer func() { failure = errors.Join(failure, stopWithin(ctx, metricsTimeout, exporter.Shutdown)) }()
+	}
+	store, err := ledger.Open(ctx, ledger.Config{Path: string(c.Ledger.Path)})
 	if err != nil {
 		return fmt.Errorf("ledger.path: %w", err)
 	}
-	defer func() { err = errors.Join(err, store.Close()) }()
+	defer func() { failure = errors.Join(failure, store.Close()) }()
 
 	var backends []*workers.Worker
 	var members []fleet.Member
@@ -77,4 +89,11 @@ func Run(ctx context.Context, c Config, log *slog.Logger, metrics prometheus.Reg
 	err = server.Run(ctx, c.ShutdownTimeout.Duration)
 	log.InfoContext(ctx, "Stopped router")
 	return err
+}
+
+// stopWithin calls stop with a time limit, although ctx has ended.
+func stopWithin(ctx context.Context, limit time.Duration, stop func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
+	defer cancel()
+	return stop(ctx)
 }
