@@ -10,9 +10,8 @@
 //	version (1 byte, 0x01) || encapsulated key (32 bytes) || ciphertext and tag
 //
 // with info = the ASCII string "compute-bridge/v1/sealed-login-key" and
-// aad = version || request id (32 bytes) || host key hash (32 bytes). Whoever
-// carries it can neither read it nor pass it off as that of another grant or
-// another host. HPKE in base mode does not say who sealed: that the receipt is
+// aad = version || request id (32 bytes). Whoever carries it can neither read it
+// nor pass it off as that of another grant. HPKE in base mode does not say who sealed: that the receipt is
 // the bridge's follows from the channel that it came through.
 //
 // # Signed logs
@@ -50,20 +49,8 @@ var (
 	ErrOpen = errors.New("cannot open the sealed key")
 )
 
-// Binding is what a sealed key belongs to.
-type Binding struct {
-	// RequestID is the grant's identity.
-	RequestID [32]byte
-	// HostKeyHash is the SHA-256 of the instance's SSH host key in wire format,
-	// the same that its fingerprint shows.
-	HostKeyHash [32]byte
-}
-
-func (b Binding) aad() []byte {
-	aad := append(make([]byte, 0, 1+len(b.RequestID)+len(b.HostKeyHash)), sealVersion)
-	aad = append(aad, b.RequestID[:]...)
-	return append(aad, b.HostKeyHash[:]...)
-}
+// aad binds a sealed key to its grant.
+func aad(requestID [32]byte) []byte { return append([]byte{sealVersion}, requestID[:]...) }
 
 // CheckPublicKey reports whether public can be sealed to: 32 bytes, and not one
 // of the points of low order (the zero key among them), with which everyone
@@ -103,7 +90,7 @@ func GenerateKey() (private redact.Secret, public []byte, err error) {
 // Seal encrypts plain to an X25519 public key. Two calls with the same
 // arguments give different results: whoever must answer the same twice stores
 // the first.
-func Seal(public []byte, b Binding, plain redact.Secret) ([]byte, error) {
+func Seal(public []byte, requestID [32]byte, plain redact.Secret) ([]byte, error) {
 	if err := CheckPublicKey(public); err != nil {
 		return nil, fmt.Errorf("seal: %w", err)
 	}
@@ -118,7 +105,7 @@ func Seal(public []byte, b Binding, plain redact.Secret) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("seal: %w", err)
 	}
-	ciphertext, err := sender.Seal(b.aad(), plain.Expose())
+	ciphertext, err := sender.Seal(aad(requestID), plain.Expose())
 	if err != nil {
 		return nil, fmt.Errorf("seal: %w", err)
 	}
@@ -128,7 +115,7 @@ func Seal(public []byte, b Binding, plain redact.Secret) ([]byte, error) {
 // Open decrypts what [Seal] made for the private key's public half and the same
 // binding. A key that is no X25519 private key is [ErrInvalidKey]; everything
 // else that can go wrong is [ErrOpen].
-func Open(private redact.Secret, b Binding, sealed []byte) (redact.Secret, error) {
+func Open(private redact.Secret, requestID [32]byte, sealed []byte) (redact.Secret, error) {
 	key, err := hpke.DHKEM(ecdh.X25519()).NewPrivateKey(private.Expose())
 	if err != nil {
 		return redact.Secret{}, fmt.Errorf("%w: private key has %d bytes, want 32", ErrInvalidKey, private.Len())
@@ -144,9 +131,9 @@ func Open(private redact.Secret, b Binding, sealed []byte) (redact.Secret, error
 	if err != nil {
 		return redact.Secret{}, fmt.Errorf("%w: %w", ErrOpen, err)
 	}
-	plain, err := recipient.Open(b.aad(), ciphertext)
+	plain, err := recipient.Open(aad(requestID), ciphertext)
 	if err != nil {
-		return redact.Secret{}, fmt.Errorf("%w: damaged, or for another key, grant or host", ErrOpen)
+		return redact.Secret{}, fmt.Errorf("%w: damaged, or for another key or grant", ErrOpen)
 	}
 	defer clear(plain)
 	return redact.New(plain), nil

@@ -17,7 +17,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
 )
 
-var binding = receipt.Binding{RequestID: [32]byte{1, 2}, HostKeyHash: [32]byte{3, 4}}
+var requestID = [32]byte{1, 2}
 
 func pair(t testing.TB) (redact.Secret, []byte) {
 	t.Helper()
@@ -46,40 +46,37 @@ func TestOnlyTheRequesterOpens(t *testing.T) {
 	t.Parallel()
 	private, public := pair(t)
 	for _, plain := range []string{"", "x", strings.Repeat("k", 500), strings.Repeat("k", 64<<10)} {
-		sealed, err := receipt.Seal(public, binding, redact.New([]byte(plain)))
+		sealed, err := receipt.Seal(public, requestID, redact.New([]byte(plain)))
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(plain) > 8 && bytes.Contains(sealed, []byte(plain)) {
 			t.Error("the sealed key holds the plaintext")
 		}
-		got, err := receipt.Open(private, binding, sealed)
+		got, err := receipt.Open(private, requestID, sealed)
 		if err != nil || string(got.Expose()) != plain {
 			t.Errorf("%d bytes did not come back: %v", len(plain), err)
 		}
 		other, _ := pair(t)
-		if _, err := receipt.Open(other, binding, sealed); !errors.Is(err, receipt.ErrOpen) {
+		if _, err := receipt.Open(other, requestID, sealed); !errors.Is(err, receipt.ErrOpen) {
 			t.Errorf("another key: %v", err)
 		}
 	}
-	if _, err := receipt.Seal(public, binding, redact.New(make([]byte, 64<<10+1))); err == nil {
+	if _, err := receipt.Seal(public, requestID, redact.New(make([]byte, 64<<10+1))); err == nil {
 		t.Error("a huge plaintext was sealed")
 	}
 }
 
-func TestSealedKeyIsBoundToGrantAndHost(t *testing.T) {
+func TestSealedKeyIsBoundToItsGrant(t *testing.T) {
 	t.Parallel()
 	private, public := pair(t)
-	sealed, err := receipt.Seal(public, binding, redact.New([]byte("key")))
+	sealed, err := receipt.Seal(public, requestID, redact.New([]byte("key")))
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, b := range []receipt.Binding{
-		{}, {RequestID: binding.RequestID}, {HostKeyHash: binding.HostKeyHash},
-		{RequestID: binding.HostKeyHash, HostKeyHash: binding.RequestID},
-	} {
-		if _, err := receipt.Open(private, b, sealed); !errors.Is(err, receipt.ErrOpen) {
-			t.Errorf("%x opens it: %v", b, err)
+	for _, id := range [][32]byte{{}, {1}, {1, 2, 3}} {
+		if _, err := receipt.Open(private, id, sealed); !errors.Is(err, receipt.ErrOpen) {
+			t.Errorf("%x opens it: %v", id, err)
 		}
 	}
 }
@@ -87,7 +84,7 @@ func TestSealedKeyIsBoundToGrantAndHost(t *testing.T) {
 func TestEveryChangedByteIsNoticed(t *testing.T) {
 	t.Parallel()
 	private, public := pair(t)
-	sealed, err := receipt.Seal(public, binding, redact.New([]byte("key")))
+	sealed, err := receipt.Seal(public, requestID, redact.New([]byte("key")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -97,17 +94,17 @@ func TestEveryChangedByteIsNoticed(t *testing.T) {
 		for bit := range 8 {
 			bad := bytes.Clone(sealed)
 			bad[i] ^= 1 << bit
-			if _, err := receipt.Open(private, binding, bad); !errors.Is(err, receipt.ErrOpen) {
+			if _, err := receipt.Open(private, requestID, bad); !errors.Is(err, receipt.ErrOpen) {
 				t.Errorf("byte %d bit %d: %v", i, bit, err)
 			}
 		}
 	}
 	for n := range sealed {
-		if _, err := receipt.Open(private, binding, sealed[:n]); !errors.Is(err, receipt.ErrOpen) {
+		if _, err := receipt.Open(private, requestID, sealed[:n]); !errors.Is(err, receipt.ErrOpen) {
 			t.Errorf("cut to %d bytes: %v", n, err)
 		}
 	}
-	if _, err := receipt.Open(private, binding, append(bytes.Clone(sealed), 0)); !errors.Is(err, receipt.ErrOpen) {
+	if _, err := receipt.Open(private, requestID, append(bytes.Clone(sealed), 0)); !errors.Is(err, receipt.ErrOpen) {
 		t.Errorf("a byte more: %v", err)
 	}
 }
@@ -140,7 +137,7 @@ func TestUnusableKeysAreRefused(t *testing.T) {
 		if err := receipt.CheckPublicKey(key); !errors.Is(err, receipt.ErrInvalidKey) {
 			t.Errorf("CheckPublicKey(%x) = %v", key, err)
 		}
-		if _, err := receipt.Seal(key, binding, redact.New([]byte("k"))); !errors.Is(err, receipt.ErrInvalidKey) {
+		if _, err := receipt.Seal(key, requestID, redact.New([]byte("k"))); !errors.Is(err, receipt.ErrInvalidKey) {
 			t.Errorf("Seal to %x = %v", key, err)
 		}
 	}
@@ -148,20 +145,20 @@ func TestUnusableKeysAreRefused(t *testing.T) {
 	if err := receipt.CheckPublicKey(public); err != nil {
 		t.Errorf("a good key: %v", err)
 	}
-	sealed, err := receipt.Seal(public, binding, redact.New([]byte("k")))
+	sealed, err := receipt.Seal(public, requestID, redact.New([]byte("k")))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := receipt.Open(redact.New(make([]byte, 31)), binding, sealed); !errors.Is(err, receipt.ErrInvalidKey) {
+	if _, err := receipt.Open(redact.New(make([]byte, 31)), requestID, sealed); !errors.Is(err, receipt.ErrInvalidKey) {
 		t.Errorf("a short private key: %v", err)
 	}
 }
 
-// storedVector was sealed once to fixedPair's key with this file's binding.
+// storedVector was sealed once to fixedPair's key with this file's request id.
 func storedVector(t testing.TB) []byte {
 	t.Helper()
-	sealed, err := hex.DecodeString("0148f669d2c5e2c634dbdc13a18fc556e2f64cdfa70046c45ff3ddb01d2ee64a0e" +
-		"676d9be6abe9c170c483271e08b31a27d4a393827bd28f5ab24b41")
+	sealed, err := hex.DecodeString("01fbcfe1a620704f31ca744b15c25fb22df245374d0263dcde285fb4db5f7a1550" +
+		"42c8f80b06d6eb25aa2b5bd3c3555753aacdbeaa9c953ce85ac7c4")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -174,7 +171,7 @@ func TestFormatDoesNotDrift(t *testing.T) {
 	t.Parallel()
 	private, public := fixedPair(t)
 	sealed := storedVector(t)
-	got, err := receipt.Open(private, binding, sealed)
+	got, err := receipt.Open(private, requestID, sealed)
 	if err != nil || string(got.Expose()) != "a login key" {
 		t.Fatalf("the stored vector: %v", err)
 	}
@@ -187,12 +184,12 @@ func TestFormatDoesNotDrift(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	aad := append(append([]byte{1}, binding.RequestID[:]...), binding.HostKeyHash[:]...)
+	aad := append([]byte{1}, requestID[:]...)
 	ciphertext, err := sender.Seal(aad, []byte("by hand"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err = receipt.Open(private, binding, append(append([]byte{1}, enc...), ciphertext...))
+	got, err = receipt.Open(private, requestID, append(append([]byte{1}, enc...), ciphertext...))
 	if err != nil || string(got.Expose()) != "by hand" {
 		t.Errorf("sealed by hand: %v", err)
 	}
@@ -206,7 +203,7 @@ func FuzzOpen(f *testing.F) {
 	f.Add(append([]byte{1}, make([]byte, 48)...))
 	f.Add([]byte{2})
 	f.Fuzz(func(t *testing.T, in []byte) {
-		got, err := receipt.Open(private, binding, in)
+		got, err := receipt.Open(private, requestID, in)
 		if err != nil {
 			if !errors.Is(err, receipt.ErrOpen) || !got.IsZero() {
 				t.Fatalf("error %v with %d bytes", err, got.Len())

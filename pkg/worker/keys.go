@@ -72,7 +72,7 @@ func (k *keys) login(id backend.GrantID, e backend.Envelope, allowPlaintext bool
 			return loginKey{}, backenderr.Wrap(backenderr.Internal, err, "make login key").WithCreated(backenderr.CreatedNone)
 		}
 		defer pair.Private.Wipe()
-		sealed, err := receipt.Seal(e.X25519PublicKey, receipt.Binding{RequestID: id}, pair.Private)
+		sealed, err := receipt.Seal(e.X25519PublicKey, id, pair.Private)
 		if err != nil {
 			return loginKey{}, backenderr.Wrap(backenderr.Internal, err, "seal login key").WithCreated(backenderr.CreatedNone)
 		}

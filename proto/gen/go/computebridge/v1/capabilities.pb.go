@@ -327,7 +327,7 @@ func (x *Resources) GetStorageGib() int64 {
 // LogKey is a key that signs compute logs.
 type LogKey struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// First 16 bytes of the SHA-256 of the public key, in hex.
+	// "ed25519:" and the first 16 bytes of the public key's SHA-256, in hex.
 	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
 	// Ed25519 public key, 32 bytes.
 	PublicKey     []byte `protobuf:"bytes,2,opt,name=public_key,json=publicKey,proto3" json:"public_key,omitempty"`

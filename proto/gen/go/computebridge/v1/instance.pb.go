@@ -705,7 +705,8 @@ func (x *RequesterKey) GetFingerprint() string {
 
 // SealedKey is an OpenSSH private key sealed with HPKE (RFC 9180) in base
 // mode: DHKEM(X25519, HKDF-SHA256), HKDF-SHA256, ChaCha20-Poly1305. info is
-// "computebridge/v1 login key", aad is the grant's request id.
+// "compute-bridge/v1/sealed-login-key", aad is the version byte and the grant's
+// request id.
 type SealedKey struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The OpenSSH public key that belongs to it.

@@ -455,7 +455,8 @@ type SignedComputeLog struct {
 	Body []byte `protobuf:"bytes,2,opt,name=body,proto3" json:"body,omitempty"`
 	// Id of the worker's key, as its capabilities say it.
 	KeyId string `protobuf:"bytes,3,opt,name=key_id,json=keyId,proto3" json:"key_id,omitempty"`
-	// Ed25519 signature over "computebridge/v1 compute log\0" followed by body.
+	// Ed25519 signature over "compute-bridge/v1/compute-log", a zero byte and
+	// body.
 	Signature     []byte `protobuf:"bytes,4,opt,name=signature,proto3" json:"signature,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
