@@ -29,9 +29,13 @@ func terminateCases() []testCase {
 	return []testCase{
 		{name: "terminate/leaves nothing and tells what was used", run: func(e *env) {
 			_, _, p := e.ready()
-			e.checkLog(p, e.terminate(p.Instance.Handle), backend.EndTerminated)
+			log := e.terminate(p.Instance.Handle)
 			if left := e.left(); len(left) > 0 {
 				e.Errorf("left over: %v", left)
+			}
+			e.checkLog(p, log, backend.EndTerminated)
+			if e.f.Measures && (log.Log.Partial || log.Log.Usage.CPU == nil) {
+				e.Errorf("the provider measures, and the log says partial=%v with the usage %+v", log.Log.Partial, log.Log.Usage)
 			}
 		}},
 		{name: "terminate/again answers the same", run: func(e *env) {

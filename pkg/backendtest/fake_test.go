@@ -34,6 +34,8 @@ type breakage struct {
 	provider func(*backendfake.Options)
 	// bugs are the driver's.
 	bugs []backendfake.Bug
+	// amnesia gives the worker an empty ledger at each restart.
+	amnesia bool
 	// backend wraps the whole.
 	backend func(backend.Backend) backend.Backend
 }
@@ -97,6 +99,29 @@ var emptyLedger = sync.OnceValues(func() ([]byte, error) {
 	return os.ReadFile(path)
 })
 
+// openLedger opens an empty ledger until the end of the test.
+func openLedger(t testing.TB) *ledger.Ledger {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "ledger.db")
+	empty, err := emptyLedger()
+	if err == nil {
+		err = os.WriteFile(path, empty, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := ledger.Open(t.Context(), ledger.Config{Path: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Errorf("close the ledger: %v", err)
+		}
+	})
+	return l
+}
+
 // openFake returns an opener of fixtures with a worker that is broken in one
 // way, or in none.
 func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fixture {
@@ -112,22 +137,7 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 		secret := make([]byte, 32)
 		_, _ = rand.Read(secret) // Never fails.
 		f.secret = redact.New(secret)
-		path := filepath.Join(t.TempDir(), "ledger.db")
-		empty, err := emptyLedger()
-		if err == nil {
-			err = os.WriteFile(path, empty, 0o600)
-		}
-		if err == nil {
-			f.ledger, err = ledger.Open(t.Context(), ledger.Config{Path: path})
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := f.ledger.Close(); err != nil {
-				t.Errorf("close the ledger: %v", err)
-			}
-		})
+		f.ledger = openLedger(t)
 		t.Cleanup(f.stop)
 		return f.fixture(t, options)
 	}
@@ -184,6 +194,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 		},
 		FailBoot:      func(console string) { f.provider.FailBoot(backendfake.ExitStatus{Code: 127, Console: console}) },
 		UsageInterval: usageInterval,
+		Measures:      true,
 		Inject: func(fault Fault) Injection {
 			times := 1
 			if fault.Always {
@@ -199,6 +210,10 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 		ReadPoint: string(backendfake.OpList),
 		Reopen: func(t testing.TB) backend.Backend {
 			f.stop()
+			if f.broken.amnesia {
+				f.ledger = openLedger(t)
+				t.Cleanup(f.stop) // Before the ledger is closed.
+			}
 			return f.start(t)
 		},
 		Kill: func() {

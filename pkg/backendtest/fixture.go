@@ -66,6 +66,10 @@ type Fixture struct {
 	// UsageInterval is how often a watch reports usage so far. Optional.
 	UsageInterval time.Duration
 
+	// Measures says that the provider measures what an instance uses, so that
+	// the final log of a grant that nothing disturbed isn't partial.
+	Measures bool
+
 	// Inject makes the provider fail. Optional.
 	Inject func(f Fault) Injection
 	// ProvisionPoints are the provider calls that Provision makes for a new

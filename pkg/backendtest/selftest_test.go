@@ -214,7 +214,7 @@ func broken(t *testing.T) map[string]struct {
 			}
 			return p, err
 		}}), []string{"provision/other content is a conflict", "ownership/a stranger gets no receipt", "provision/never again after Terminate"}},
-		"runs again after the end": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+		"takes an ended grant for a live one": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
 			p, err := b.Provision(ctx, g, v)
 			again.mu.Lock()
 			defer again.mu.Unlock()
@@ -226,6 +226,9 @@ func broken(t *testing.T) map[string]struct {
 			return p, err
 		}}), []string{
 			"provision/never again after Terminate", "provision/never again after the workload's end", "provision/never again after the end and a restart",
+		}},
+		"runs again after a restart that lost the ledger": {breakage{amnesia: true}, []string{
+			"provision/never again after the end and a restart", "provision/the same answer after a restart",
 		}},
 		"answers a repeated call otherwise": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
 			p, err := b.Provision(ctx, g, v)
