@@ -44,8 +44,8 @@ const (
 var (
 	// ErrInvalidKey says that an X25519 key cannot be used.
 	ErrInvalidKey = errors.New("invalid X25519 key")
-	// ErrOpen says that a sealed key is damaged, or is for another key, grant
-	// or host. It does not say which, because it cannot know.
+	// ErrOpen says that a sealed key is damaged, or is for another key or
+	// grant. It does not say which, because it cannot know.
 	ErrOpen = errors.New("cannot open the sealed key")
 )
 
