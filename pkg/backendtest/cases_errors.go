@@ -130,8 +130,8 @@ func errorCases() []testCase {
 				e.want(err, "Provision of an ended grant", backenderr.GrantEnded)
 			}
 		}},
-		{name: "errors/mixed calls for a second", run: func(e *env) {
-			e.mix(time.Second)
+		{name: "errors/mixed calls at once", run: func(e *env) {
+			e.mix(500 * time.Millisecond)
 		}},
 	}
 }

@@ -369,6 +369,21 @@ func provisionCases() []testCase {
 				e.terminate(p.Instance.Handle)
 			}
 		}},
+		{name: "provision/cut off by a restart may be retried", needs: []need{needInject, needReopen}, run: func(e *env) {
+			for _, point := range e.f.ProvisionPoints {
+				g, envelope := e.grant()
+				fault := e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID})
+				call := e.begin(e.ctx(), g, envelope)
+				receive(e, "the provider call "+point, fault.Reached())
+				e.reopen()
+				if o := receive(e, "the call that was cut off", call); o.err == nil {
+					e.Errorf("Provision succeeded although the worker stopped while %s hung", point)
+				}
+				fault.Release()
+				p := e.provision(g, envelope)
+				e.checkLog(p, e.terminate(p.Instance.Handle), backend.EndTerminated)
+			}
+		}},
 		{name: "provision/cancelled before it begins", run: func(e *env) {
 			ctx, cancel := context.WithCancel(e.ctx())
 			cancel()

@@ -138,7 +138,10 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 		_, _ = rand.Read(secret) // Never fails.
 		f.secret = redact.New(secret)
 		f.ledger = openLedger(t)
-		t.Cleanup(f.stop)
+		t.Cleanup(func() {
+			f.kill()
+			f.stop()
+		})
 		return f.fixture(t, options)
 	}
 }
@@ -216,11 +219,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 			}
 			return f.start(t)
 		},
-		Kill: func() {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			f.driver.Kill()
-		},
+		Kill: f.kill,
 		Runs: func(id backend.GrantID) bool { return f.provider.Running(id) > 0 },
 		Logs: f.logs.bytes,
 	}
@@ -271,17 +270,22 @@ func (f *fake) start(t testing.TB) backend.Backend {
 	return runtime
 }
 
-// stop ends the worker process. It counts as dead from the first moment, so
-// that it can't tidy up.
+// stop stops the worker process in good order, if it isn't dead.
 func (f *fake) stop() {
 	f.mu.Lock()
-	runtime, driver := f.runtime, f.driver
+	runtime := f.runtime
 	f.runtime = nil
 	f.mu.Unlock()
 	if runtime != nil {
-		driver.Kill()
 		runtime.Close()
 	}
+}
+
+// kill ends the worker process.
+func (f *fake) kill() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.driver.Kill()
 }
 
 // login logs in to an instance of the fake and runs a command.
