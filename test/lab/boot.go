@@ -1,6 +1,7 @@
 package lab
 
 import (
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -253,6 +254,15 @@ func mountSystem(root string, devices []string) error {
 	if err := bind(at("dev/.lab/proc/sys/net"), at("proc/sys/net"), 0); err != nil {
 		return err
 	}
+	// Each boot has an id of its own, as on a machine; the kernel's would stay
+	// the same.
+	bootID := uuid4()
+	if err := os.WriteFile(at("dev/.lab/boot_id"), []byte(bootID+"\n"), 0o444); err != nil {
+		return err
+	}
+	if err := bind(at("dev/.lab/boot_id"), at("proc/sys/kernel/random/boot_id"), unix.MS_RDONLY|guarded); err != nil {
+		return err
+	}
 	if !exists(at("proc/sysrq-trigger")) { // a kernel without it
 		return makeDevices(root, devices)
 	}
@@ -260,6 +270,14 @@ func mountSystem(root string, devices []string) error {
 		return err
 	}
 	return makeDevices(root, devices)
+}
+
+// uuid4 returns a random UUID (RFC 9562, version 4).
+func uuid4() string {
+	var b [16]byte
+	_, _ = rand.Read(b[:]) // never fails
+	b[6], b[8] = b[6]&0x0f|0x40, b[8]&0x3f|0x80
+	return fmt.Sprintf("%x-%x-%x-%x-%x", b[:4], b[4:6], b[6:8], b[8:10], b[10:])
 }
 
 // makeDevices makes the few device nodes of a host without hardware.
