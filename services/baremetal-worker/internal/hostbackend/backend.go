@@ -242,6 +242,13 @@ func (b *Backend) Terminate(ctx context.Context, id backend.GrantID) (*backend.C
 // all of them for a grant that the ledger doesn't know.
 func (b *Backend) hostsOf(id backend.GrantID, attempts []worker.Attempt) ([]*host, error) {
 	if len(attempts) == 0 {
+		// Nobody insists on an end of what perhaps never was: a host that can't
+		// be seen is an answer.
+		for _, h := range b.hosts {
+			if _, err := h.ready(); err != nil {
+				return nil, err
+			}
+		}
 		return b.hosts, nil
 	}
 	var names []string

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,6 +13,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -22,6 +24,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
+	"github.com/compute-bridge/compute-bridge/pkg/worker"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/firewall"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/hostfs"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/podman"
@@ -273,11 +276,9 @@ func (h *host) probe(ctx context.Context) (*facts, error) {
 			h.config.Name, clock.Offset.Round(time.Second), maxClockSkew)
 	}
 	found := &facts{}
-	boot, err := h.fs.ReadFile(ctx, "/proc/sys/kernel/random/boot_id", 128)
-	if err != nil {
+	if found.bootID, err = h.bootID(ctx); err != nil {
 		return nil, err
 	}
-	found.bootID = strings.TrimSpace(string(boot))
 	if found.imageStore, err = h.podman.GraphRoot(ctx); err != nil {
 		return nil, err
 	}
@@ -288,6 +289,12 @@ func (h *host) probe(ctx context.Context) (*facts, error) {
 		return nil, err
 	}
 	return found, nil
+}
+
+// bootID is another one after each boot (random(4)).
+func (h *host) bootID(ctx context.Context) (string, error) {
+	id, err := h.fs.ReadFile(ctx, "/proc/sys/kernel/random/boot_id", 128)
+	return strings.TrimSpace(string(id)), err
 }
 
 // setUp makes what all grants share: directories, guest binary, firewall.
@@ -380,23 +387,63 @@ func (h *host) missingPrograms(ctx context.Context) ([]string, error) {
 	return missing, nil
 }
 
-// takeUp restores the reservations of the grants that are on the host, and lets
-// go of those that no longer are.
+// takeUp restores the reservations of the grants that are on the host, or may
+// be, and lets go of those that no longer are.
 func (h *host) takeUp(ctx context.Context) error {
+	// Only what was held, and not being worked on, before the look can be found
+	// missing by it.
+	var settled []backend.GrantID
+	for _, id := range h.backend.inventory.Held(h.config.Name) {
+		if !h.backend.isWorking(id) {
+			settled = append(settled, id)
+		}
+	}
+	open, err := h.backend.env.Journal.Open(ctx)
+	if err != nil {
+		return err
+	}
 	records, err := h.records(ctx)
 	if err != nil {
 		return err
 	}
-	present := map[backend.GrantID]bool{}
-	for _, r := range records {
-		present[r.GrantID] = true
-		h.backend.inventory.Restore(r.reservation(r.GrantID))
-		h.images.use(r.GrantID, r.Image)
+	kept := map[backend.GrantID]bool{}
+	keep := func(id backend.GrantID, p params) {
+		kept[id] = true
+		h.backend.inventory.Restore(p.reservation(id))
+		h.images.use(id, p.Image)
 	}
-	for _, id := range h.backend.inventory.Held(h.config.Name) {
-		if !present[id] && !h.backend.isWorking(id) {
-			h.backend.inventory.Release(id)
-			h.images.release(id)
+	for _, r := range records {
+		if r.complete() {
+			keep(r.GrantID, r.params)
+		}
+	}
+	// An attempt of which nothing is there, because the process that began it
+	// ended, keeps its place until it is taken up or undone: nobody else may get
+	// its ports meanwhile.
+	for _, a := range open {
+		if a.Placement != h.config.Name || kept[a.GrantID] {
+			continue
+		}
+		var p params
+		if err := json.Unmarshal(a.Params, &p); err != nil {
+			return backenderr.Wrap(backenderr.Internal, err, "parameters of an attempt of grant %s in the ledger", a.GrantID)
+		}
+		keep(a.GrantID, p)
+	}
+	for _, id := range settled {
+		if !kept[id] && !h.backend.isWorking(id) {
+			h.backend.release(id)
+		}
+	}
+	// What ended during the look must not have been restored after its release.
+	still, err := h.backend.env.Journal.Open(ctx)
+	if err != nil {
+		return err
+	}
+	for _, a := range open {
+		gone := !slices.ContainsFunc(still, func(s worker.Attempt) bool { return s.GrantID == a.GrantID })
+		if gone && kept[a.GrantID] && !h.backend.isWorking(a.GrantID) {
+			h.backend.release(a.GrantID)
 		}
 	}
 	return nil

@@ -53,15 +53,17 @@ func (c *imageCache) release(id backend.GrantID) {
 	delete(c.inUse, id)
 }
 
-func (c *imageCache) used(digest string) bool {
+// users is how many grants use an image.
+func (c *imageCache) users(digest string) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	n := 0
 	for _, d := range c.inUse {
 		if d == digest {
-			return true
+			n++
 		}
 	}
-	return false
+	return n
 }
 
 // lock waits for its turn with a digest.
@@ -114,11 +116,16 @@ func (c *imageCache) ensure(ctx context.Context, f *facts, image backend.Image, 
 	progress("verifying image")
 	if err := c.verify(ctx, f, image.Digest, file); err != nil {
 		if backenderr.Is(err, backenderr.ImageHashMismatch) {
-			// Nothing runs from it again: neither the file nor what podman made
-			// of it.
+			// Neither the file nor what podman made of it is used again. What
+			// other grants run from is left under them: that was made of the
+			// file when its hash was right.
 			clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTimeout)
 			defer cancel()
-			err = errors.Join(err, c.evict(clean, file, repo))
+			if c.users(digest) > 1 {
+				err = errors.Join(err, c.host.fs.RemoveAll(clean, file))
+			} else {
+				err = errors.Join(err, c.evict(clean, file, repo))
+			}
 		}
 		return podman.Image{}, err
 	}
@@ -275,7 +282,7 @@ func (c *imageCache) trim(ctx context.Context) error {
 		}
 		digest := strings.Replace(e.Name(), "-", ":", 1)
 		file, err := dir.Join(e.Name())
-		if err != nil || c.used(digest) {
+		if err != nil || c.users(digest) > 0 {
 			continue
 		}
 		unlock, err := c.lock(ctx, digest)

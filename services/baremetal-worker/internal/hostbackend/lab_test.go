@@ -6,12 +6,14 @@ import (
 	"crypto/ed25519"
 	"crypto/rand"
 	"encoding/hex"
-	"io"
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -20,6 +22,7 @@ import (
 	"golang.org/x/crypto/ssh"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/config"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
@@ -28,20 +31,22 @@ import (
 	"github.com/compute-bridge/compute-bridge/test/lab/ociimage"
 )
 
-// guestBinary is the guest, built once per test run.
-var guestBinary = sync.OnceValues(func() (string, error) {
+// guestBinary is the guest, built once per test run and kept in memory: nothing
+// outlives the tests.
+var guestBinary = sync.OnceValues(func() ([]byte, error) {
 	dir, err := os.MkdirTemp("", "guest-")
 	if err != nil {
-		return "", err
+		return nil, err
 	}
+	defer os.RemoveAll(dir) //nolint:errcheck // a temporary directory
 	file := filepath.Join(dir, "guest")
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", file, ".")
 	cmd.Dir = "../../../guest"
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", &buildError{out, err}
+		return nil, &buildError{out, err}
 	}
-	return file, nil
+	return os.ReadFile(file)
 })
 
 type buildError struct {
@@ -53,22 +58,26 @@ func (e *buildError) Error() string { return "build guest: " + e.err.Error() + "
 
 // site is a bridge's worker, in process, on lab hosts.
 type site struct {
-	t       *testing.T
+	t       testing.TB
 	hosts   []*lab.Host
 	config  Config
 	images  string
 	ledger  *ledger.Ledger
 	secret  redact.Secret
 	runtime *worker.Runtime
-	driver  worker.Driver
+	driver  *Backend
 	log     *slog.Logger
 }
 
 // newSite starts a worker on hosts.
-func newSite(t *testing.T, change func(*Config), hosts ...*lab.Host) *site {
+func newSite(t testing.TB, change func(*Config), hosts ...*lab.Host) *site {
 	t.Helper()
 	guest, err := guestBinary()
 	if err != nil {
+		t.Fatal(err)
+	}
+	guestFile := filepath.Join(t.TempDir(), "guest")
+	if err := os.WriteFile(guestFile, guest, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	secret := make([]byte, 32)
@@ -76,7 +85,7 @@ func newSite(t *testing.T, change func(*Config), hosts ...*lab.Host) *site {
 	s := &site{t: t, hosts: hosts, images: t.TempDir(), secret: redact.New(secret)}
 	s.log = slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelDebug}))
 	s.config.SetDefaults()
-	s.config.GuestBinary = config.Path(guest)
+	s.config.GuestBinary = config.Path(guestFile)
 	s.config.ImageStore.Base = s.images
 	s.config.StopGrace.Duration = 2 * time.Second
 	for _, h := range hosts {
@@ -94,13 +103,81 @@ func newSite(t *testing.T, change func(*Config), hosts ...*lab.Host) *site {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = s.ledger.Close() })
+	t.Cleanup(s.checkNothingIsLeft)
 	s.start()
-	t.Cleanup(s.stop)
 	return s
 }
 
+// checkNothingIsLeft ends the site: every test must have ended its grants, so
+// that the inventory is free, and the hosts have nothing of the bridge but
+// images.
+func (s *site) checkNothingIsLeft() {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.t.Context()), time.Minute)
+	defer cancel()
+	if s.runtime != nil {
+		if err := poll(ctx, func() error { return s.allFree(ctx) }); err != nil {
+			s.t.Errorf("capacity at the end of the test: %v", err)
+		}
+		s.stop()
+	}
+	for _, h := range s.hosts {
+		if !h.Running() {
+			continue
+		}
+		if left, err := h.Leftovers(ctx, "image "); err != nil {
+			s.t.Error(err)
+		} else if len(left) > 0 {
+			s.t.Errorf("left behind on %s:\n\t%s", h.Name, strings.Join(left, "\n\t"))
+		}
+	}
+}
+
+// allFree fails while anything is reserved.
+func (s *site) allFree(ctx context.Context) error {
+	c, err := s.runtime.Capabilities(ctx)
+	if err != nil {
+		return err
+	}
+	for _, r := range c.Regions {
+		if r.ActiveInstances != 0 {
+			return fmt.Errorf("region %s has %d instances", r.Region, r.ActiveInstances)
+		}
+		if len(c.Warnings) == 0 && r.Free != r.Total {
+			return fmt.Errorf("region %s has %s free of %s", r.Region, r.Free, r.Total)
+		}
+	}
+	return nil
+}
+
+// poll repeats a look until it succeeds or ctx ends.
+func poll(ctx context.Context, look func() error) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := look()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
+
+// soon polls for so long as something that is under way may take.
+func soon(t testing.TB, look func() error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	if err := poll(ctx, look); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // loadKey reads a key the way a configuration file does.
-func loadKey(t *testing.T, into *config.SecretFile, file string) {
+func loadKey(t testing.TB, into *config.SecretFile, file string) {
 	t.Helper()
 	type keyConfig struct {
 		KeyFile config.SecretFile `toml:"key_file"`
@@ -112,7 +189,7 @@ func loadKey(t *testing.T, into *config.SecretFile, file string) {
 	*into = c.KeyFile
 }
 
-type testWriter struct{ t *testing.T }
+type testWriter struct{ t testing.TB }
 
 func (w testWriter) Write(p []byte) (int, error) {
 	w.t.Log(string(bytes.TrimSpace(p)))
@@ -121,21 +198,29 @@ func (w testWriter) Write(p []byte) (int, error) {
 
 func (s *site) start() {
 	s.t.Helper()
+	if err := s.tryStart(); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+// tryStart starts the worker, as a new process would.
+func (s *site) tryStart() error {
 	r, err := worker.NewRuntime(worker.RuntimeConfig{
 		BridgeID: "test", Backend: "baremetal", Ledger: s.ledger, Secret: s.secret, Log: s.log, Metrics: prometheus.NewRegistry(),
 		SweepInterval: time.Second, OrphanAge: 5 * time.Second, Grace: 5 * time.Second,
 	})
 	if err != nil {
-		s.t.Fatal(err)
+		return err
 	}
 	driver, err := Open(s.t.Context(), s.config, r.Env())
 	if err != nil {
-		s.t.Fatal(err)
+		return err
 	}
 	if err := r.Start(s.t.Context(), driver); err != nil {
-		s.t.Fatal(err)
+		return err
 	}
-	s.runtime, s.driver = r, driver
+	s.runtime, s.driver = r, driver.(*Backend)
+	return nil
 }
 
 func (s *site) stop() {
@@ -154,41 +239,104 @@ func caller(ctx context.Context) context.Context {
 	return backend.WithCaller(ctx, backend.Caller{Identity: "client-1", Role: backend.RoleClient})
 }
 
+// archive is an image in memory, made once per test run.
+type archive struct {
+	data           []byte
+	sha256, blake3 string
+}
+
+var archives struct {
+	sync.Mutex
+	made map[ociimage.Kind]archive
+}
+
+func makeArchive(t testing.TB, kind ociimage.Kind) archive {
+	t.Helper()
+	archives.Lock()
+	defer archives.Unlock()
+	if a, ok := archives.made[kind]; ok {
+		return a
+	}
+	made := ociimage.Make(t, kind)
+	data, err := os.ReadFile(made.Path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if archives.made == nil {
+		archives.made = map[ociimage.Kind]archive{}
+	}
+	archives.made[kind] = archive{data, made.SHA256, made.BLAKE3}
+	return archives.made[kind]
+}
+
 // image puts a test image into the store.
 func (s *site) image(kind ociimage.Kind) backend.Image {
 	s.t.Helper()
-	a := ociimage.Make(s.t, kind)
-	d, err := backend.ParseDigest("sha256:" + a.SHA256)
+	a := makeArchive(s.t, kind)
+	return s.store("sha256:"+a.sha256, a.data)
+}
+
+// store puts bytes into the store under a digest, their own or not.
+func (s *site) store(digest string, data []byte) backend.Image {
+	s.t.Helper()
+	d, err := backend.ParseDigest(digest)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	dir := filepath.Join(s.images, "sha256")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		s.t.Fatal(err)
-	}
-	in, err := os.Open(a.Path)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	defer in.Close()
-	out, err := os.Create(filepath.Join(dir, a.SHA256))
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	defer out.Close()
-	if _, err := io.Copy(out, in); err != nil {
+	file := filepath.Join(s.images, d.Algorithm.String(), hex.EncodeToString(d.Sum[:]))
+	if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, data, 0o644)); err != nil {
 		s.t.Fatal(err)
 	}
 	return backend.Image{Digest: d, Kind: backend.ImageOCIArchive}
 }
 
-// login is a requester's own key.
-type login struct {
-	signer ssh.Signer
-	line   string
+// provision makes a grant's instance.
+func (s *site) provision(t testing.TB, g backend.Grant, e backend.Envelope) backend.Provisioned {
+	t.Helper()
+	p, err := s.runtime.Provision(caller(t.Context()), g, e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
 }
 
-func newLogin(t *testing.T) login {
+// terminate ends a grant and returns its final log.
+func (s *site) terminate(t testing.TB, p backend.Provisioned) backend.ComputeLog {
+	t.Helper()
+	end, err := s.runtime.Terminate(caller(t.Context()), p.Instance.Handle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if end.State != backend.StateTerminated || end.Log == nil || !end.Log.Log.Final {
+		t.Fatalf("terminate: %+v", end)
+	}
+	return end.Log.Log
+}
+
+// refused checks why a call failed, and that nothing was created.
+func refused(t testing.TB, err error, want backenderr.Reason, texts ...string) {
+	t.Helper()
+	if got := backenderr.ReasonOf(err); got != want {
+		t.Fatalf("got %s (%v), want %s", got, err, want)
+	}
+	if created := backenderr.CreatedOf(err); created != backenderr.CreatedNone {
+		t.Errorf("created is %s: %v", created, err)
+	}
+	for _, text := range texts {
+		if !strings.Contains(err.Error(), text) {
+			t.Errorf("error doesn't say %q: %v", text, err)
+		}
+	}
+}
+
+// login is a requester's own key.
+type login struct {
+	signer  ssh.Signer
+	line    string
+	private ed25519.PrivateKey
+}
+
+func newLogin(t testing.TB) login {
 	t.Helper()
 	_, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
@@ -198,7 +346,7 @@ func newLogin(t *testing.T) login {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return login{signer: signer, line: string(bytes.TrimSpace(ssh.MarshalAuthorizedKey(signer.PublicKey())))}
+	return login{signer: signer, private: private, line: string(bytes.TrimSpace(ssh.MarshalAuthorizedKey(signer.PublicKey())))}
 }
 
 // grant is a small grant for an image.
@@ -213,7 +361,7 @@ func grant(image backend.Image, key login) (backend.Grant, backend.Envelope) {
 }
 
 // run runs a command in an instance, with its host key pinned.
-func run(t *testing.T, p backend.Provisioned, key login, command string) (string, error) {
+func run(t testing.TB, p backend.Provisioned, key login, command string) (string, error) {
 	t.Helper()
 	want, _, _, _, err := ssh.ParseAuthorizedKey([]byte(p.Receipt.HostKey))
 	if err != nil {
@@ -234,5 +382,3 @@ func run(t *testing.T, p backend.Provisioned, key login, command string) (string
 	out, err := session.CombinedOutput(command)
 	return string(out), err
 }
-
-func shortID(id backend.GrantID) string { return hex.EncodeToString(id[:4]) }

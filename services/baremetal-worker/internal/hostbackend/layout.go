@@ -53,6 +53,9 @@ type record struct {
 	CreatedAt time.Time `json:"created_at"`
 }
 
+// complete says that the record was read, and not only its directory's name.
+func (r record) complete() bool { return r.Version != 0 }
+
 // params are an attempt's rendered parameters, as the ledger keeps them: what
 // was chosen once and must be the same at every retry.
 type params struct {
@@ -121,6 +124,7 @@ func (c Config) subnet(slot int) netip.Prefix {
 	a := pool.Addr().As4()
 	n := uint32(a[0])<<24 | uint32(a[1])<<16 | uint32(a[2])<<8 | uint32(a[3])
 	n += uint32(slot) << (32 - subnetBits) //nolint:gosec // slots fit the pool
+
 	return netip.PrefixFrom(netip.AddrFrom4([4]byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}), subnetBits) //nolint:gosec // bytes of n
 }
 

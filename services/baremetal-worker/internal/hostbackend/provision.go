@@ -187,7 +187,7 @@ func (h *host) workload(found *facts, grant backend.Grant, a *attempt) workload 
 		runRoot: runDir + "/" + h.backend.env.BridgeID + "/" + grant.ID.String(),
 		guest:   found.guest, images: found.imageStore, subnet: c.subnet(a.params.Slot), uidBase: c.uidBase(a.params.Slot),
 		table: h.nft.Table(), firewallScript: h.firewallScript(), firewalld: found.firewalld, zone: h.config.FirewalldZone,
-		grant: grant, stopGrace: c.StopGrace.Duration, lifetime: time.Until(grant.ValidTo),
+		grant: grant, stopGrace: c.StopGrace.Duration,
 	}
 }
 
@@ -239,6 +239,8 @@ func (h *host) writeFiles(ctx context.Context, found *facts, w workload, grant b
 
 // start starts the unit, or finds it started.
 func (h *host) start(ctx context.Context, w workload) error {
+	// Now, and not before the image was sent: systemd counts from the start.
+	w.lifetime = time.Until(w.grant.ValidTo)
 	if w.lifetime <= 0 {
 		return backenderr.New(backenderr.GrantEnded, "the grant's deadline has passed")
 	}

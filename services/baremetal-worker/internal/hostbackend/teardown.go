@@ -45,7 +45,7 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 	}
 	if recorded {
 		if save {
-			if err := h.saveLog(ctx, found, r); err != nil {
+			if err := h.saveLog(ctx, r); err != nil {
 				return err
 			}
 		}
@@ -148,14 +148,10 @@ func (h *host) leftovers(ctx context.Context, w workload) (string, error) {
 // watch blocks until the grant's unit no longer runs.
 func (h *host) watch(ctx context.Context, id backend.GrantID, usage func(backend.Usage)) (backend.Exit, error) {
 	for {
-		found, err := h.wait(ctx)
-		if err != nil {
-			if ctx.Err() == nil {
-				continue
-			}
-			return backend.Exit{}, err
+		if _, err := h.wait(ctx); err != nil {
+			return backend.Exit{}, err // ctx has ended
 		}
-		exit, ended, err := h.watchOnce(ctx, found, id, usage)
+		exit, ended, err := h.watchOnce(ctx, id, usage)
 		switch {
 		case ended || backenderr.Is(err, backenderr.InstanceNotFound):
 			return exit, err
@@ -176,7 +172,7 @@ func (h *host) watch(ctx context.Context, id backend.GrantID, usage func(backend
 const usageInterval = 30 * time.Second
 
 // watchOnce watches as long as the host stays as it is.
-func (h *host) watchOnce(ctx context.Context, found *facts, id backend.GrantID, usage func(backend.Usage)) (exit backend.Exit, ended bool, err error) {
+func (h *host) watchOnce(ctx context.Context, id backend.GrantID, usage func(backend.Usage)) (exit backend.Exit, ended bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	r, err := h.record(ctx, id)
@@ -199,7 +195,7 @@ func (h *host) watchOnce(ctx context.Context, found *facts, id backend.GrantID, 
 			if status.Running() {
 				continue
 			}
-			log, err := h.logOf(ctx, found, r)
+			log, err := h.logOf(ctx, r)
 			if err != nil {
 				return backend.Exit{}, false, err
 			}
@@ -215,8 +211,8 @@ func (h *host) watchOnce(ctx context.Context, found *facts, id backend.GrantID, 
 }
 
 // saveLog reads what the instance used and how it ended into the journal.
-func (h *host) saveLog(ctx context.Context, found *facts, r record) error {
-	log, err := h.logOf(ctx, found, r)
+func (h *host) saveLog(ctx context.Context, r record) error {
+	log, err := h.logOf(ctx, r)
 	if err != nil || log.StartedAt.IsZero() {
 		return err
 	}
@@ -224,7 +220,7 @@ func (h *host) saveLog(ctx context.Context, found *facts, r record) error {
 }
 
 // logOf reads the end of a grant's instance from its directory.
-func (h *host) logOf(ctx context.Context, found *facts, r record) (backend.ComputeLog, error) {
+func (h *host) logOf(ctx context.Context, r record) (backend.ComputeLog, error) {
 	dir := h.backend.dirs.grant(r.GrantID)
 	log := backend.ComputeLog{
 		GrantID: r.GrantID, Backend: h.backend.env.Backend, InstanceID: backend.InstanceID(h.config.Name + "/" + h.names(r).unit()),
@@ -232,7 +228,7 @@ func (h *host) logOf(ctx context.Context, found *facts, r record) (backend.Compu
 	}
 	data, err := h.fs.ReadFile(ctx, dir+"/"+guestapi.SpoolFileName, maxRecordBytes)
 	if isMissing(err) {
-		return h.logWithoutSpool(found, r, log), nil
+		return h.logWithoutSpool(ctx, r, log)
 	}
 	if err != nil {
 		return backend.ComputeLog{}, err
@@ -240,7 +236,7 @@ func (h *host) logOf(ctx context.Context, found *facts, r record) (backend.Compu
 	spool, err := guestapi.DecodeSpool(bytes.NewReader(data))
 	if err != nil {
 		h.log.WarnContext(ctx, "Spool is damaged", "grant_id", r.GrantID.String(), "error", err.Error())
-		return h.logWithoutSpool(found, r, log), nil
+		return h.logWithoutSpool(ctx, r, log)
 	}
 	mark, err := h.fs.ReadFile(ctx, dir+"/"+guestapi.EndedFileName, maxRecordBytes)
 	if err != nil && !isMissing(err) {
@@ -252,15 +248,20 @@ func (h *host) logOf(ctx context.Context, found *facts, r record) (backend.Compu
 
 // logWithoutSpool is the log of an instance whose unit left no usage: the host
 // was rebooted under it, or the unit never got so far.
-func (h *host) logWithoutSpool(found *facts, r record, log backend.ComputeLog) backend.ComputeLog {
+func (h *host) logWithoutSpool(ctx context.Context, r record, log backend.ComputeLog) (backend.ComputeLog, error) {
 	log.Partial = true
 	log.StartedAt = r.CreatedAt
-	if found.bootID != r.BootID {
+	// Not what the last probe found: this may be the first to see the new boot.
+	bootID, err := h.bootID(ctx)
+	if err != nil {
+		return backend.ComputeLog{}, err
+	}
+	if bootID != r.BootID {
 		log.Exit = backend.Exit{Reason: backend.EndHostRebooted, Message: "host " + h.config.Name + " was rebooted"}
-		return log
+		return log, nil
 	}
 	log.Exit = backend.Exit{Reason: backend.EndVanished, Message: "the unit is gone and left no usage"}
-	return log
+	return log, nil
 }
 
 // readSpool takes over what the unit left. stopped says that the worker asked
