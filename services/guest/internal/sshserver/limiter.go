@@ -18,6 +18,9 @@ type limiter struct {
 	mu      sync.Mutex
 	closed  bool
 	pending *list.List // of *handshake, oldest first
+	// open are all connections, authenticated or not. The library keeps such a set too, but a connection enters it only
+	// some time after it has authenticated, and so could slip through between the two at the end.
+	open map[*handshake]struct{}
 }
 
 // handshake is a connection that the limiter watches. It stays in the connection's context.
@@ -32,7 +35,7 @@ type handshake struct {
 type handshakeKey struct{}
 
 func newLimiter(limit int, timeout time.Duration) *limiter {
-	return &limiter{max: limit, timeout: timeout, pending: list.New()}
+	return &limiter{max: limit, timeout: timeout, pending: list.New(), open: map[*handshake]struct{}{}}
 }
 
 // admit implements ssh.ConnCallback.
@@ -50,6 +53,7 @@ func (l *limiter) admit(ctx ssh.Context, conn net.Conn) net.Conn {
 		}
 	}
 	h.element = l.pending.PushBack(h)
+	l.open[h] = struct{}{}
 	h.timer = time.AfterFunc(l.timeout, func() {
 		if l.forget(h) {
 			_ = conn.Close()
@@ -98,8 +102,20 @@ func (l *limiter) close() {
 	}
 }
 
+// closeAll closes the authenticated connections too. It is for after close.
+func (l *limiter) closeAll() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for h := range l.open {
+		_ = h.Conn.Close()
+	}
+}
+
 // Close implements net.Conn.
 func (h *handshake) Close() error {
-	h.limiter.forget(h)
+	h.limiter.mu.Lock()
+	h.limiter.forgetLocked(h)
+	delete(h.limiter.open, h)
+	h.limiter.mu.Unlock()
 	return h.Conn.Close()
 }

@@ -146,6 +146,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	defer cancel()
 	_ = s.ssh.Shutdown(flush)
 	_ = s.ssh.Close()
+	s.limiter.closeAll()
 	s.sessions.wait(s.opts.StopGrace + 2*flushTime)
 	if ctx.Err() != nil {
 		return nil

@@ -633,6 +633,28 @@ func TestInstanceEndClosesSessionsCleanly(t *testing.T) {
 	}
 }
 
+// TestNoConnectionSurvivesTheEnd stops a server at all moments of a login; the library doesn't know a connection yet when
+// it has just authenticated.
+func TestNoConnectionSurvivesTheEnd(t *testing.T) {
+	for range 10 {
+		f := startServer(t, true, nil)
+		client, err := gossh.Dial("tcp", f.addr, f.config("compute"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := f.stop(); err != nil {
+			t.Fatal(err)
+		}
+		closed := make(chan struct{})
+		go func() {
+			_ = client.Wait()
+			close(closed)
+		}()
+		within(t, "end of the connection", closed)
+		_ = client.Close()
+	}
+}
+
 func TestSFTP(t *testing.T) {
 	f := startServer(t, false, nil)
 	client, err := sftp.NewClient(f.dial(t))
