@@ -29,6 +29,7 @@ func (r Role) String() string {
 		return "client"
 	case RoleOperator:
 		return "operator"
+	case RoleNone:
 	}
 	return "none"
 }

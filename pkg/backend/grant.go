@@ -95,9 +95,10 @@ func (s Shape) Add(t Shape) Shape {
 	return Shape{CPU: addSat(s.CPU, t.CPU), RAM: addSat(s.RAM, t.RAM), Storage: addSat(s.Storage, t.Storage)}
 }
 
-// Sub returns s - t, which may be negative when a host is over-committed.
+// Sub returns s - t, which may be negative when a host is over-committed. It
+// saturates instead of wrapping.
 func (s Shape) Sub(t Shape) Shape {
-	return Shape{CPU: addSat(s.CPU, -t.CPU), RAM: addSat(s.RAM, -t.RAM), Storage: addSat(s.Storage, -t.Storage)}
+	return Shape{CPU: subSat(s.CPU, t.CPU), RAM: subSat(s.RAM, t.RAM), Storage: subSat(s.Storage, t.Storage)}
 }
 
 // Times returns s taken n times. It saturates instead of wrapping.
@@ -124,6 +125,17 @@ func addSat[T ~int64](a, b T) T {
 		return minInt64
 	}
 	return sum
+}
+
+func subSat[T ~int64](a, b T) T {
+	difference := a - b
+	switch {
+	case a >= 0 && b < 0 && difference < 0:
+		return maxInt64
+	case a < 0 && b > 0 && difference >= 0:
+		return minInt64
+	}
+	return difference
 }
 
 func mulSat[T ~int64](a T, n int64) T {

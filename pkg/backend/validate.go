@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 )
@@ -155,6 +156,8 @@ func (v *violations) environment(env map[string]string) {
 		switch {
 		case strings.ContainsAny(value, "\x00\r\n"):
 			v.add(field, "the value must not contain NUL or line breaks")
+		case !utf8.ValidString(value):
+			v.add(field, "the value is not UTF-8")
 		case len(value) > 8192:
 			v.add(field, "the value has %d bytes; at most 8192 are allowed", len(value))
 		}
@@ -173,11 +176,18 @@ func (v *violations) network(n NetworkPolicy) {
 		v.add(field+".allowed_prefixes", "needs mode allowlist")
 	case len(n.AllowedPrefixes) > MaxPrefixes:
 		v.add(field+".allowed_prefixes", "has %d entries; at most %d are allowed", len(n.AllowedPrefixes), MaxPrefixes)
+		return
 	}
+	seen := make(map[string]bool, len(n.AllowedPrefixes))
 	for i, s := range n.AllowedPrefixes {
-		if p, err := netip.ParsePrefix(s); err != nil || p != p.Masked() {
-			v.add(fmt.Sprintf("%s.allowed_prefixes[%d]", field, i), "%q is no network prefix such as 192.0.2.0/24", s)
+		field := fmt.Sprintf("%s.allowed_prefixes[%d]", field, i)
+		// An IPv4 prefix in IPv6's clothes would match nothing in a firewall.
+		if p, err := netip.ParsePrefix(s); err != nil || p != p.Masked() || p.Addr().Is4In6() {
+			v.add(field, "%q is no network prefix such as 192.0.2.0/24", s)
+		} else if seen[s] {
+			v.add(field, "%q is named twice", s)
 		}
+		seen[s] = true
 	}
 }
 
@@ -195,6 +205,8 @@ func (v *violations) envelope(e Envelope) {
 	}
 	if len(e.ImagePointer) > 1024 {
 		v.add("envelope.image_pointer", "has %d bytes; at most 1024 are allowed", len(e.ImagePointer))
+	} else if !utf8.ValidString(e.ImagePointer) {
+		v.add("envelope.image_pointer", "is not UTF-8")
 	}
 	if e.RegionHint != "" && !ValidRegion(string(e.RegionHint)) {
 		v.add("envelope.region_hint", "%q is no region label ([a-z0-9-], at most 64)", e.RegionHint)
@@ -209,8 +221,8 @@ func (v *violations) envelope(e Envelope) {
 // (RFC 4253, 6.6). The key itself is checked by the worker, which links an SSH
 // library; routers don't.
 func sshPublicKeyProblem(line string) string {
-	if len(line) > 8192 || strings.ContainsAny(strings.TrimRight(line, "\n"), "\x00\r\n") {
-		return "must be one line of at most 8192 bytes"
+	if len(line) > 8192 || strings.ContainsAny(strings.TrimRight(line, "\n"), "\x00\r\n") || !utf8.ValidString(line) {
+		return "must be one line of at most 8192 bytes of UTF-8"
 	}
 	fields := strings.Fields(line)
 	if len(fields) < 2 {
@@ -220,8 +232,8 @@ func sshPublicKeyProblem(line string) string {
 	if err != nil || len(blob) < 4 {
 		return "must begin with key type and base64, without options"
 	}
-	n := binary.BigEndian.Uint32(blob)
-	if uint64(n) > uint64(len(blob)-4) || string(blob[4:4+n]) != fields[0] {
+	n, rest := binary.BigEndian.Uint32(blob), blob[4:]
+	if uint64(n) > uint64(len(rest)) || string(rest[:n]) != fields[0] {
 		return fmt.Sprintf("is no key of type %q", fields[0])
 	}
 	return ""
