@@ -3,6 +3,7 @@ package backendtest
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"math"
 	"regexp"
 	"slices"
@@ -108,7 +109,7 @@ func capabilitiesCases() []testCase {
 			}
 			for _, k := range c.LogKeys {
 				hash := sha256.Sum256(k.PublicKey)
-				if want := hexOf(hash[:16]); len(k.PublicKey) != 32 || k.ID != want {
+				if want := "ed25519:" + hex.EncodeToString(hash[:16]); len(k.PublicKey) != 32 || k.ID != want {
 					e.Errorf("log key of %d bytes has id %q, want 32 bytes and %q", len(k.PublicKey), k.ID, want)
 				}
 			}

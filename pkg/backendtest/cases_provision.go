@@ -46,11 +46,11 @@ func (e *env) open(key *ecdh.PrivateKey, r backend.Receipt) redact.Secret {
 	if err != nil {
 		e.Fatal(err)
 	}
-	recipient, err := hpke.NewRecipient(s[1:33], private, hpke.HKDFSHA256(), hpke.ChaCha20Poly1305(), []byte("computebridge/v1 login key"))
+	recipient, err := hpke.NewRecipient(s[1:33], private, hpke.HKDFSHA256(), hpke.ChaCha20Poly1305(), []byte("compute-bridge/v1/sealed-login-key"))
 	if err != nil {
 		e.Fatalf("the encapsulated key: %v", err)
 	}
-	plain, err := recipient.Open(r.GrantID[:], s[33:])
+	plain, err := recipient.Open(slices.Concat(s[:1], r.GrantID[:]), s[33:])
 	if err != nil {
 		e.Fatalf("open the sealed login key: %v", err)
 	}
@@ -272,6 +272,17 @@ func provisionCases() []testCase {
 				e.Errorf("Provision: %s", describe(o.err))
 			}
 			e.created(g.ID, 1)
+		}},
+		{name: "provision/the deadline is kept to the nanosecond", run: func(e *env) {
+			g, envelope := e.grant()
+			g.ValidTo = g.ValidTo.Truncate(time.Second).Add(123456789)
+			p := e.provision(g, envelope)
+			if !p.Receipt.ValidTo.Equal(g.ValidTo) || !p.Instance.ValidTo.Equal(g.ValidTo) {
+				e.Errorf("granted until %s, the receipt says %s and the instance %s", g.ValidTo, p.Receipt.ValidTo, p.Instance.ValidTo)
+			}
+			if log := e.terminate(p.Instance.Handle); !log.Log.ValidTo.Equal(g.ValidTo) {
+				e.Errorf("granted until %s, the log says %s", g.ValidTo, log.Log.ValidTo)
+			}
 		}},
 		{name: "provision/malformed grants are refused", run: func(e *env) {
 			for what, c := range invalid {

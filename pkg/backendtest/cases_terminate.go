@@ -95,6 +95,21 @@ func terminateCases() []testCase {
 			fault.Release()
 			e.terminate(e.handle(g.ID))
 		}},
+		{name: "terminate/a grant never seen while the provider hangs", needs: []need{needInject}, run: func(e *env) {
+			g, envelope := e.grant()
+			fault := e.f.Inject(Fault{Point: e.f.ReadPoint, Kind: FaultSlow, Always: true})
+			defer fault.Release()
+			ctx, cancel := context.WithTimeout(e.ctx(), 1200*time.Millisecond)
+			defer cancel()
+			t, err := e.b.Terminate(ctx, e.handle(g.ID))
+			if err != nil || t.State != backend.StateTerminating {
+				e.Errorf("near its deadline Terminate has to answer TERMINATING, not %s, %s", t.State, describe(err))
+			}
+			fault.Release()
+			e.terminate(e.handle(g.ID))
+			_, err = e.b.Provision(e.ctx(), g, envelope)
+			e.want(err, "Provision of a closed grant", backenderr.GrantEnded)
+		}},
 		{name: "terminate/during Provision, at each step", needs: []need{needInject}, run: func(e *env) {
 			for _, point := range e.f.ProvisionPoints {
 				g, envelope := e.grant()

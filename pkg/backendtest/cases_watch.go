@@ -101,7 +101,7 @@ func (e *env) checkSignature(signed *backend.SignedLog) {
 		e.Errorf("compute log: signed with key %q, which the capabilities don't have", signed.KeyID)
 		return
 	}
-	message := slices.Concat([]byte("computebridge/v1 compute log\x00"), signed.Body)
+	message := slices.Concat([]byte("compute-bridge/v1/compute-log\x00"), signed.Body)
 	if len(keys[n].PublicKey) != ed25519.PublicKeySize || !ed25519.Verify(keys[n].PublicKey, message, signed.Signature) {
 		e.Errorf("compute log: the signature doesn't verify")
 	}

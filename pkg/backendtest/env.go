@@ -6,7 +6,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
-	"encoding/hex"
 	"fmt"
 	"slices"
 	"strings"
@@ -181,6 +180,10 @@ func describe(err error) string {
 func (e *env) same(what string, a, b any) {
 	e.Helper()
 	if diff := gocmp.Diff(a, b); diff != "" {
+		const most = 2000
+		if len(diff) > most {
+			diff = diff[:most] + "…"
+		}
 		e.Errorf("%s differ (-first +second):\n%s", what, diff)
 	}
 }
@@ -319,9 +322,6 @@ func newLogin(t testing.TB) (line string, private ed25519.PrivateKey) {
 	}
 	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key))), private
 }
-
-// hexOf is how an id appears in names and logs.
-func hexOf(b []byte) string { return hex.EncodeToString(b) }
 
 // finish ends all grants of the case and looks for what is left.
 func (e *env) finish() {

@@ -161,7 +161,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 			return g, backend.Envelope{SSHPublicKey: line, PostHash: g.PostHash}
 		},
 		Capacity:     4,
-		ShortestLife: 600 * time.Millisecond,
+		ShortestLife: 800 * time.Millisecond,
 		Leftovers: func(context.Context) ([]Leftover, error) {
 			var out []Leftover
 			for _, name := range f.provider.Names() {
