@@ -33,7 +33,13 @@ func (a *app) certsCommand() *cobra.Command {
 
 The authority's key lies unprotected beside what it signs: that is convenient,
 and not for production.`,
-		Args: exactly("a subcommand"),
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) > 0 {
+				return usage(fmt.Errorf("unknown command %q; see %s --help", args[0], cmd.CommandPath()))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.AddCommand(a.certsInitCommand(), a.certsIssueCommand())
 	return cmd
@@ -152,7 +158,7 @@ For development only.`,
 				}
 				fmt.Fprintf(o.W, "For development only. A server lets it in when its configuration says\n\n[[client]]\nidentity = %s\n", strconv.Quote(uri))
 				if router {
-					fmt.Fprintf(o.W, "role = \"operator\"\nrouter = true\n")
+					fmt.Fprintf(o.W, "role = \"reader\"\nrouter = true\n")
 				} else {
 					fmt.Fprintf(o.W, "role = %s\n", strconv.Quote(role))
 				}

@@ -44,15 +44,15 @@ const (
 
 // wanted are the flags of provision.
 type wanted struct {
-	file, again                            string
-	digest, kind, pointer                  string
-	cpu, ram, disk                         string
-	region, isolation, network             string
-	ports, env, allow                      []string
-	envFile                                string
-	forSpan, until                         string
-	sshKey, requestID, postHash, nonce     string
-	seal, dryRun, wait, showKey, plainText bool
+	file, again                        string
+	digest, kind, pointer              string
+	cpu, ram, disk                     string
+	region, isolation, network         string
+	ports, env, allow                  []string
+	envFile                            string
+	forSpan, until                     string
+	sshKey, requestID, postHash, nonce string
+	seal, dryRun, showKey              bool
 }
 
 func (a *app) provisionCommand() *cobra.Command {

@@ -461,8 +461,8 @@ func (a *app) drainCommand(drain bool) *cobra.Command {
 
 // onlyWorkers says what is amiss when a router is asked for a worker's service.
 func (a *app) onlyWorkers(err error) error {
-	if backenderr.Is(backenderr.From(err), backenderr.Unimplemented) || backenderr.From(err).Reason == backenderr.Unknown {
-		return backenderr.Wrap(backenderr.From(err).Reason, err, "%s serves no OperatorService: --target must be a worker", a.where())
+	if backenderr.Is(backenderr.From(err), backenderr.Unimplemented) {
+		return backenderr.New(backenderr.Unimplemented, "%s is no worker: only a worker can be drained and swept; give its address as --target", a.where())
 	}
 	return err
 }

@@ -184,7 +184,7 @@ func (o Output) Instances(list []*bridgev1.Instance) error {
 	var t term.Table
 	titles := []string{"GRANT", "STATE", "BACKEND", "REGION", "ISOLATION", "SIZE " + sizes, "RUNS FOR", "LEFT", "PORTS"}
 	if o.Wide {
-		titles = append(titles, "INSTANCE", "ATTEMPT", "END BY", "OWNER", "HANDLE")
+		titles = append(titles, "INSTANCE", "ATTEMPT", "END BY", "OWNER", "VIA")
 	}
 	t.Head(titles...)
 	for _, i := range list {
@@ -196,7 +196,7 @@ func (o Output) Instances(list []*bridgev1.Instance) error {
 		switch {
 		case i.GetProgress() != "" && StateStyle(i.GetState()) == term.Busy:
 			state += ": " + i.GetProgress()
-		case i.GetEndReason() != bridgev1.EndReason_END_REASON_UNSPECIFIED:
+		case endReason(i.GetEndReason()) != "" && endReason(i.GetEndReason()) != state:
 			state += " (" + endReason(i.GetEndReason()) + ")"
 		}
 		runs := ""
@@ -209,7 +209,9 @@ func (o Output) Instances(list []*bridgev1.Instance) error {
 		}
 		if o.Wide {
 			cells = append(cells, term.T(i.GetInstanceId()), term.R(strconv.FormatUint(uint64(i.GetAttempt()), 10)),
-				term.T(enforcement(i.GetDeadlineEnforcement())), term.T(i.GetOwner()), term.T(i.GetHandle()))
+				term.T(enforcement(i.GetDeadlineEnforcement())), term.T(i.GetOwner()),
+				// The rest of a handle is the grant's id.
+				term.T(strings.TrimSuffix(strings.TrimSuffix(i.GetHandle(), fullID(i.GetRequestId())), "/")))
 		}
 		t.Row(cells...)
 	}
@@ -266,7 +268,7 @@ func (o Output) Event(e *bridgev1.WatchUntilExitResponse) bool {
 		i := event.Instance
 		text = o.Paint(StateStyle(i.GetState()), State(i.GetState()))
 		var notes []string
-		if r := endReason(i.GetEndReason()); r != "" {
+		if r := endReason(i.GetEndReason()); r != "" && r != State(i.GetState()) {
 			notes = append(notes, r)
 		}
 		if i.GetProgress() != "" {
@@ -294,7 +296,7 @@ func outcome(x *bridgev1.Exit) string {
 	if r := endReason(x.GetReason()); r != "" {
 		parts = append(parts, r)
 	}
-	if x.Code != nil {
+	if x != nil && x.Code != nil {
 		parts = append(parts, fmt.Sprintf("exit status %d", x.GetCode()))
 	}
 	if x.GetSignal() != "" {

@@ -38,7 +38,7 @@ func CPU(millicores int64) string {
 	if millicores < 1000 {
 		return strconv.FormatInt(millicores, 10) + "m"
 	}
-	return strings.TrimRight(strconv.FormatFloat(float64(millicores)/1000, 'f', 3, 64), "0")
+	return strings.TrimRight(fmt.Sprintf("%d.%03d", millicores/1000, millicores%1000), "0")
 }
 
 // MiB returns an amount of memory: "512Mi", "2Gi", "1.5Ti".
