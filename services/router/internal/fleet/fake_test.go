@@ -182,11 +182,15 @@ func (f *fake) Terminate(ctx context.Context, handle backend.Handle) (backend.Te
 		f.ending--
 		return backend.Termination{State: backend.StateTerminating}, nil
 	}
-	if f.held[id] {
-		f.held[id] = false
-		f.world.add(id, -1)
+	t := backend.Termination{State: backend.StateTerminated}
+	if held, ran := f.held[id]; ran {
+		t.Log = &backend.SignedLog{KeyID: f.name}
+		if held {
+			f.held[id] = false
+			f.world.add(id, -1)
+		}
 	}
-	return backend.Termination{State: backend.StateTerminated, Log: &backend.SignedLog{KeyID: f.name}}, nil
+	return t, nil
 }
 
 func (f *fake) member() fleet.Member {

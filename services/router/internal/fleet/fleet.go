@@ -142,6 +142,9 @@ func (f *Fleet) CanSatisfy(ctx context.Context, grant backend.Grant) (backend.Sa
 			s.refuse(m, backenderr.New(backenderr.GrantNotSatisfiable, "%s", a.Reason))
 		}
 	}
+	if ctx.Err() != nil {
+		return backend.Satisfaction{}, gone(ctx)
+	}
 	err := s.failure()
 	if backenderr.Is(err, backenderr.GrantNotSatisfiable) {
 		return backend.Satisfaction{Reason: err.Error()}, nil
@@ -359,104 +362,10 @@ func (f *Fleet) end(ctx context.Context, m *Member, id backend.GrantID) error {
 	}
 }
 
-// WatchUntilExit implements [backend.Backend]: at the member that the handle
-// names, or, without a name, that has the claim.
-func (f *Fleet) WatchUntilExit(ctx context.Context, handle backend.Handle, emit func(backend.Event) error) error {
-	if err := checkHops(ctx); err != nil {
-		return err
-	}
-	id, err := handle.GrantID()
-	if err != nil {
-		return badHandle(err)
-	}
-	name, rest, ok := handle.Split()
-	if !ok {
-		claim, err := f.claims.Get(ctx, id)
-		if err != nil {
-			return ledgerError(err)
-		}
-		name, rest = claim.Backend, handle
-	}
-	m, ok := f.byName[name]
-	if !ok {
-		return noSuchBackend(handle)
-	}
-	var emitted error
-	err = m.Backend.WatchUntilExit(ctx, rest, func(e backend.Event) error {
-		if e.Instance != nil {
-			instance := *e.Instance
-			instance.Handle = instance.Handle.Via(m.Name)
-			e.Instance = &instance
-		}
-		emitted = emit(e)
-		return emitted
-	})
-	switch {
-	case err == nil:
-		return nil
-	case emitted != nil:
-		return emitted
-	}
-	return m.fails(err)
-}
-
-// Terminate implements [backend.Backend]: at the member that the handle names,
-// and at the one that has the claim if that is another. Without a name or a
-// claim nobody knows, and it is ended everywhere.
-func (f *Fleet) Terminate(ctx context.Context, handle backend.Handle) (backend.Termination, error) {
-	if err := checkHops(ctx); err != nil {
-		return backend.Termination{}, err
-	}
-	id, err := handle.GrantID()
-	if err != nil {
-		return backend.Termination{}, badHandle(err)
-	}
-	name, rest, named := handle.Split()
-	if named && f.byName[name] == nil {
-		return backend.Termination{}, noSuchBackend(handle)
-	}
-	// First the closure, so that no Provision of ours starts it again. A ledger
-	// that can't be reached keeps nothing from ending: the worker closes the
-	// grant, too, and checks the owner, too.
-	claim, ledgerErr := f.claims.Get(ctx, id)
-	if ledgerErr == nil && claim.Backend != "" && !mine(ctx, claim) {
-		return backend.Termination{}, backenderr.New(backenderr.CallerDenied, "the grant belongs to another client").WithCreated(backenderr.CreatedNone)
-	}
-	if ledgerErr == nil {
-		ledgerErr = f.claims.Close(ctx, id, backend.CallerFrom(ctx).Identity)
-	}
-	if ledgerErr != nil {
-		f.log.WarnContext(ctx, "Could not record the end of a grant, ending it all the same", "grant_id", id.String(), "error", ledgerErr)
-	}
-	var result backend.Termination
-	for _, m := range f.members {
-		at := backend.HandleFor(id)
-		switch {
-		case named && m.Name == name:
-			at = rest
-		case m.Name == claim.Backend:
-		case named || claim.Backend != "":
-			continue
-		}
-		t, err := m.Backend.Terminate(ctx, at)
-		if err != nil {
-			return backend.Termination{}, m.fails(err)
-		}
-		if t.State == backend.StateTerminated {
-			f.freed(m)
-		}
-		// Terminated only when all are.
-		if result.State == 0 || t.State == backend.StateTerminating {
-			result.State = t.State
-		}
-		if t.Log != nil {
-			result.Log = t.Log
-		}
-	}
-	if claim.Backend != "" && f.byName[claim.Backend] == nil {
-		return backend.Termination{}, notConfigured(claim)
-	}
-	return result, nil
+// gone is the error when the caller went before any backend got the grant.
+func gone(ctx context.Context) error {
+	e := backenderr.From(ctx.Err())
+	return backenderr.Wrap(e.Reason, ctx.Err(), "ask backends").WithCreated(backenderr.CreatedNone)
 }
 
 // mine reports whether the caller is the claim's owner, or an operator.
@@ -478,7 +387,7 @@ func checkHops(ctx context.Context) error {
 // earlier call may have made something, and only the store would say where.
 func ledgerError(err error) error {
 	if r := backenderr.ReasonOf(err); r != backenderr.Unknown {
-		return err
+		return backenderr.Wrap(r, err, "router's ledger")
 	}
 	return backenderr.Wrap(backenderr.LedgerUnavailable, err, "router's ledger").WithRetryAfter(time.Second)
 }
@@ -488,12 +397,4 @@ func ledgerError(err error) error {
 func notConfigured(c Claim) error {
 	return backenderr.New(backenderr.BackendUnreachable, "backend %s has the grant and is not in this router's configuration", c.Backend).
 		WithRetryAfter(unreachableRetry)
-}
-
-func badHandle(err error) error {
-	return backenderr.Invalid(backenderr.RequestInvalid, backenderr.Violation{Field: "handle", Description: err.Error()})
-}
-
-func noSuchBackend(h backend.Handle) error {
-	return backenderr.New(backenderr.InstanceNotFound, "the handle %q names no backend of this router", h).WithCreated(backenderr.CreatedNone)
 }

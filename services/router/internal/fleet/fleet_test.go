@@ -751,10 +751,13 @@ func TestHandlesLeadToTheMemberTheyName(t *testing.T) {
 		err := b.WatchUntilExit(t.Context(), handle, func(backend.Event) error { return nil })
 		wantReason(t, err, backenderr.InstanceNotFound, backenderr.CreatedNone)
 	}
-	err = b.WatchUntilExit(t.Context(), "b/zz", func(backend.Event) error { return nil })
-	wantReason(t, err, backenderr.RequestInvalid, backenderr.CreatedNone)
-	_, err = b.Terminate(t.Context(), "zz")
-	wantReason(t, err, backenderr.RequestInvalid, backenderr.CreatedNone)
+	id := backend.HandleFor(grant.ID)
+	for _, handle := range []backend.Handle{"", "zz", "b/zz", "/" + id, "../" + id, "b/../" + id, "b//" + id, "B/" + id, id + "/b", "b/" + id + "0"} {
+		err := b.WatchUntilExit(t.Context(), handle, func(backend.Event) error { return nil })
+		wantReason(t, err, backenderr.RequestInvalid, backenderr.CreatedNone)
+		_, err = b.Terminate(t.Context(), handle)
+		wantReason(t, err, backenderr.RequestInvalid, backenderr.CreatedNone)
+	}
 }
 
 func TestTerminateEndsTheGrantWhereverItIs(t *testing.T) {
@@ -779,7 +782,7 @@ func TestTerminateEndsTheGrantWhereverItIs(t *testing.T) {
 				wantOn(t, p, err, "b")
 			}
 			term, err := b.Terminate(t.Context(), c.handle)
-			if err != nil || term.State != backend.StateTerminated || term.Log == nil {
+			if err != nil || term.State != backend.StateTerminated || (term.Log != nil) != c.claim {
 				t.Fatalf("Terminate answers %+v, %v", term, err)
 			}
 			for i, f := range b.fakes {

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -114,7 +113,7 @@ func (s *search) next(ctx context.Context) (*Member, error) {
 			}
 			a := s.answers[i]()
 			if ctx.Err() != nil {
-				return nil, fmt.Errorf("ask backends: %w", backenderr.From(ctx.Err()).Clone().WithCreated(backenderr.CreatedNone))
+				return nil, gone(ctx)
 			}
 			s.passed[m.Name] = true
 			switch {
