@@ -286,11 +286,19 @@ func BenchmarkUpload(b *testing.B) {
 			}
 		}
 	})
-	for name, script := range map[string]string{"cat": `cat >"$1"`, "cat-sync": `cat >"$1"; sync "$1"`, "dd": `dd of="$1" bs=256k iflag=fullblock status=none`, "null": "cat >/dev/null"} {
+	for name, args := range map[string][]string{
+		"cat":        {"sh", "-c", `cat >"$1"`, "sh", dir + "/big2"},
+		"cat-sync":   {"sh", "-c", `cat >"$1"; sync "$1"`, "sh", dir + "/big2"},
+		"dd-64k":     {"dd", "of=" + dir + "/big2", "bs=64k", "iflag=fullblock", "status=none"},
+		"dd-256k":    {"dd", "of=" + dir + "/big2", "bs=256k", "iflag=fullblock", "status=none"},
+		"dd-1M":      {"dd", "of=" + dir + "/big2", "bs=1M", "iflag=fullblock", "status=none"},
+		"dd-1M-sync": {"dd", "of=" + dir + "/big2", "bs=1M", "iflag=fullblock", "conv=fsync", "status=none"},
+		"null":       {"sh", "-c", "cat >/dev/null"},
+	} {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(size)
 			for b.Loop() {
-				r, err := conn.Run(b.Context(), sshconn.Command{Args: []string{"sh", "-c", script, "sh", dir + "/big2"}, Stdin: source()})
+				r, err := conn.Run(b.Context(), sshconn.Command{Args: args, Stdin: source()})
 				if err != nil || r.ExitCode != 0 {
 					b.Fatal(r, err)
 				}

@@ -188,8 +188,8 @@ type link struct {
 	sftpMu sync.Mutex
 	sftp   *sftp.Client
 
-	// noForward is set once sshd is known to refuse forwarding of unix sockets.
-	noForward atomic.Bool
+	// noForward has the paths of unix sockets that sshd refuses to forward.
+	noForward sync.Map
 }
 
 // Open starts to keep a connection to a host, until ctx ends or Close is

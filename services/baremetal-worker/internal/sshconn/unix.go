@@ -49,7 +49,7 @@ func (c *Conn) DialUnix(ctx context.Context, path string) (net.Conn, error) {
 		return nil, err
 	}
 	bridge := bridges(path)
-	if bridge != nil && l.noForward.Load() {
+	if _, refused := l.noForward.Load(path); refused {
 		return c.dialBridge(ctx, l, path, bridge)
 	}
 	conn, err := await(ctx, l, func() (net.Conn, error) { return l.client.Dial("unix", path) }, func(conn net.Conn) { _ = conn.Close() })
@@ -67,8 +67,8 @@ func (c *Conn) DialUnix(ctx context.Context, path string) (net.Conn, error) {
 		return nil, c.classify(err, "connect to "+path)
 	}
 	if exists, err := c.socketExists(ctx, path); err == nil && exists {
-		if !l.noForward.Swap(true) {
-			c.log.InfoContext(ctx, "Host's sshd forwards no unix sockets, using bridge programs", "path", path)
+		if _, known := l.noForward.Swap(path, true); !known {
+			c.log.InfoContext(ctx, "Host's sshd doesn't forward a unix socket, using a bridge program", "path", path)
 		}
 		return conn, nil
 	}
