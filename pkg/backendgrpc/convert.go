@@ -427,8 +427,8 @@ func LogFromProto(p *bridgev1.ComputeLog) backend.ComputeLog {
 		Sequence:   p.GetSequence(),
 		Partial:    p.GetPartial(),
 	}
-	if p.GetExit().Code != nil {
-		code := p.GetExit().GetCode()
+	if exit := p.GetExit(); exit != nil && exit.Code != nil {
+		code := exit.GetCode()
 		l.Exit.Code = &code
 	}
 	return l

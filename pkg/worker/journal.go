@@ -151,7 +151,7 @@ func ledgerError(err error, format string, args ...any) error {
 	case err == nil:
 		return nil
 	case errors.Is(err, ledger.ErrClosed):
-		return backenderr.Wrap(backenderr.GrantEnded, err, "%s", what).WithCreated(backenderr.CreatedNone)
+		return backenderr.Wrap(backenderr.GrantEnded, err, "%s", what)
 	case errors.Is(err, context.Canceled):
 		return backenderr.Wrap(backenderr.Cancelled, err, "%s", what)
 	case errors.Is(err, context.DeadlineExceeded):
@@ -165,6 +165,7 @@ func ledgerError(err error, format string, args ...any) error {
 // ledgerRetry is when a caller may try again after the ledger failed.
 const ledgerRetry = 5 * time.Second
 
+// ended says that a grant is closed. What it left may still be there.
 func ended(id backend.GrantID) *backenderr.Error {
-	return backenderr.New(backenderr.GrantEnded, "grant %s has ended and never runs again", id).WithCreated(backenderr.CreatedNone)
+	return backenderr.New(backenderr.GrantEnded, "grant %s has ended and never runs again", id)
 }

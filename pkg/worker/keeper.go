@@ -72,6 +72,10 @@ type snapshot struct {
 }
 
 func newKeeper(r *Runtime, claim ledger.Claim, ready *backend.Provisioned, p phase, reason backend.EndReason) *keeper {
+	// The ledger keeps microseconds; the record has what was granted.
+	if grant, _, err := claimContent(claim); err == nil {
+		claim.ValidTo = grant.ValidTo
+	}
 	k := &keeper{
 		runtime: r, claim: claim, id: backend.GrantID(claim.RequestID), begin: p,
 		done: make(chan struct{}), ending: make(chan struct{}), changed: make(chan struct{}),
@@ -145,11 +149,7 @@ func (k *keeper) join(ctx context.Context) (backend.Provisioned, error) {
 	}
 	k.mu.Unlock()
 	if !late {
-		defer func() {
-			k.mu.Lock()
-			defer k.mu.Unlock()
-			k.callers--
-		}()
+		defer func() { k.leave(ctx.Err() != nil) }()
 	}
 	for {
 		s, changed := k.observe()
@@ -170,20 +170,22 @@ func (k *keeper) join(ctx context.Context) (backend.Provisioned, error) {
 		case <-changed:
 		case <-k.ending:
 		case <-ctx.Done():
-			if !late {
-				k.callerLeft()
-			}
 			return backend.Provisioned{}, callerGone(ctx.Err())
 		}
 	}
 }
 
-// callerLeft undoes the attempt if the last caller goes before it is ready.
-func (k *keeper) callerLeft() {
+// leave counts a caller of Provision out. If it is the last one and has gone
+// before there was an answer, the attempt is undone.
+func (k *keeper) leave(gone bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.callers == 1 && k.state.ready == nil && k.abandon != nil {
-		k.abandoned = true
+	k.callers--
+	if !gone || k.callers > 0 || k.state.ready != nil || k.begin != phaseProvision {
+		return
+	}
+	k.abandoned = true
+	if k.abandon != nil {
 		k.abandon()
 	}
 }
@@ -259,10 +261,14 @@ func (k *keeper) provision(process context.Context) bool {
 	defer cancel()
 	k.mu.Lock()
 	k.abandon = cancel
-	closing := k.endReason != 0
+	closing, abandoned := k.endReason != 0, k.abandoned
 	k.mu.Unlock()
 	if closing {
 		return true
+	}
+	if abandoned {
+		k.fail(backenderr.New(backenderr.Cancelled, "every caller has gone"))
+		return false
 	}
 	k.update(func(s *snapshot) { s.instance.State = backend.StateProvisioning })
 	log := k.runtime.log.With("grant_id", k.id.String())
@@ -277,7 +283,7 @@ func (k *keeper) provision(process context.Context) bool {
 	}
 	if process.Err() != nil {
 		// The process stops. The attempt stays as it is for the next one.
-		k.fail(backenderr.New(backenderr.ProviderUnavailable, "the worker is stopping; call again"))
+		k.fail(stopping())
 		return false
 	}
 	if k.isEnding() {
@@ -289,7 +295,9 @@ func (k *keeper) provision(process context.Context) bool {
 	}
 	classified := backenderr.From(err)
 	log.WarnContext(process, "Provision failed", "reason", string(classified.Reason), "created", string(backenderr.CreatedOf(err)), "error", err.Error())
-	k.update(func(s *snapshot) { s.instance.State, s.instance.EndReason = backend.StateFailed, backend.EndProvisionFailed })
+	k.update(func(s *snapshot) {
+		s.instance.State, s.instance.EndReason = backend.StateFailed, backend.EndProvisionFailed
+	})
 	k.fail(err)
 	return false
 }

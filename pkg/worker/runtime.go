@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -160,7 +161,9 @@ func (r *Runtime) Start(ctx context.Context, driver Driver) error {
 // without being undone: its attempt stays open in the ledger, and a retry
 // adopts what it made.
 func (r *Runtime) Close() {
-	r.stop()
+	r.mu.Lock()
+	r.stop() // under mu: no keeper starts after this
+	r.mu.Unlock()
 	r.routines.Wait()
 }
 
@@ -168,10 +171,15 @@ func (r *Runtime) Close() {
 // final log, if there is something to keep.
 func (r *Runtime) takeUp(ctx context.Context, claim ledger.Claim) error {
 	id := backend.GrantID(claim.RequestID)
-	r.mu.Lock()
-	_, kept := r.keepers[id]
-	r.mu.Unlock()
-	if kept {
+	if r.keeper(id) != nil {
+		return nil
+	}
+	// Read again: a keeper may have ended the grant since.
+	claim, err := r.config.Ledger.Claim(ctx, claim.RequestID)
+	if err != nil {
+		return ledgerError(err, "read claim")
+	}
+	if !claim.EndedAt.IsZero() {
 		return nil
 	}
 	closure, err := r.config.Ledger.Closure(ctx, claim.RequestID)
@@ -204,6 +212,15 @@ func (r *Runtime) readyInstance(ctx context.Context, id backend.GrantID) (*backe
 		return nil, nil //nolint:nilnil // none is an answer
 	case err != nil:
 		return nil, ledgerError(err, "read instance")
+	}
+	attempts, err := r.journal.Attempts(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range attempts {
+		if a.Number == stored.Attempt && a.Gone {
+			return nil, nil //nolint:nilnil // none is an answer
+		}
 	}
 	var p bridgev1.ProvisionResponse
 	if err := proto.Unmarshal(stored.Body, &p); err != nil {
@@ -278,7 +295,7 @@ func (r *Runtime) provision(ctx context.Context, grant backend.Grant, envelope b
 		if err != nil {
 			return backend.Provisioned{}, err
 		}
-		return r.withPlaintextKey(p), nil
+		return r.answer(caller, p), nil
 	}
 }
 
@@ -296,7 +313,8 @@ func (r *Runtime) claimed(ctx context.Context, caller backend.Caller, grant back
 		return stored, sameGrant(stored, caller, record)
 	}
 	if !errors.Is(err, ledger.ErrNotFound) {
-		return ledger.Claim{}, beforeAll(ledgerError(err, "read claim"))
+		// What exists is unknown: an earlier call may have made the instance.
+		return ledger.Claim{}, ledgerError(err, "read claim")
 	}
 
 	if err := backend.Validate(grant, envelope, time.Now(), r.config.MaxDuration); err != nil {
@@ -356,7 +374,7 @@ func sameGrant(stored ledger.Claim, caller backend.Caller, record []byte) error 
 		return backenderr.New(backenderr.GrantConflict, "grant %s belongs to another client", id).WithCreated(backenderr.CreatedNone)
 	}
 	if !stored.EndedAt.IsZero() {
-		return ended(id)
+		return ended(id).WithCreated(backenderr.CreatedNone)
 	}
 	return nil
 }
@@ -372,6 +390,9 @@ func (r *Runtime) provisioner(ctx context.Context, claim ledger.Claim) (*keeper,
 	id := backend.GrantID(claim.RequestID)
 	if k := r.keeper(id); k != nil {
 		return k, nil
+	}
+	if r.live.Err() != nil {
+		return nil, stopping()
 	}
 	if err := r.journal.Check(ctx, id); err != nil {
 		return nil, err
@@ -394,6 +415,7 @@ func (r *Runtime) keeper(id backend.GrantID) *keeper {
 }
 
 // keep returns the grant's keeper, a new one in the given phase if none runs.
+// Once the runtime stops, a new one has left already.
 func (r *Runtime) keep(claim ledger.Claim, ready *backend.Provisioned, p phase, reason backend.EndReason) *keeper {
 	id := backend.GrantID(claim.RequestID)
 	r.mu.Lock()
@@ -402,6 +424,11 @@ func (r *Runtime) keep(claim ledger.Claim, ready *backend.Provisioned, p phase, 
 		return k
 	}
 	k := newKeeper(r, claim, ready, p, reason)
+	if r.live.Err() != nil {
+		k.failure, k.state.left = stopping(), true
+		close(k.done)
+		return k
+	}
 	r.keepers[id] = k
 	r.routines.Go(func() {
 		k.run(r.live)
@@ -422,27 +449,25 @@ func (r *Runtime) WatchUntilExit(ctx context.Context, handle backend.Handle, emi
 	if claim == nil {
 		return notFound(handle)
 	}
-	id := backend.GrantID(claim.RequestID)
-	for {
-		k := r.keeper(id)
-		if k == nil {
-			if err := r.takeUp(ctx, *claim); err != nil {
-				return err
-			}
-			if k = r.keeper(id); k == nil {
-				return r.watchEnded(ctx, *claim, emit)
-			}
+	k := r.keeper(backend.GrantID(claim.RequestID))
+	if k == nil {
+		if err := r.takeUp(ctx, *claim); err != nil {
+			return err
 		}
-		err := k.watch(ctx, emit)
+		k = r.keeper(backend.GrantID(claim.RequestID))
+	}
+	if k != nil {
+		err := k.watch(ctx, func(e backend.Event) error { return emit(shown(backend.CallerFrom(ctx), e)) })
 		if !errors.Is(err, errLeaving) {
 			return err
 		}
-		// The keeper left without a final log: a failed attempt.
+		// The keeper left without a final log: a failed attempt, or the process
+		// stops.
 		if err := k.wait(ctx); err != nil {
 			return callerGone(err)
 		}
-		return r.watchEnded(ctx, *claim, emit)
 	}
+	return r.watchEnded(ctx, *claim, emit)
 }
 
 // watchEnded reports a grant that no keeper has.
@@ -453,12 +478,15 @@ func (r *Runtime) watchEnded(ctx context.Context, claim ledger.Claim, emit func(
 		return err
 	}
 	if log == nil || !log.Log.Final {
+		if r.live.Err() != nil {
+			return stopping()
+		}
 		return backenderr.New(backenderr.InstanceNotFound, "grant %s has no instance at the moment", id)
 	}
 	instance := r.instanceOf(claim)
 	instance.State, instance.EndReason = backend.StateTerminated, log.Log.Exit.Reason
 	instance.ID, instance.Attempt, instance.StartedAt = log.Log.InstanceID, log.Log.Attempt, log.Log.StartedAt
-	if err := emit(backend.Event{At: log.Log.EndedAt, Instance: &instance}); err != nil {
+	if err := emit(shown(backend.CallerFrom(ctx), backend.Event{At: log.Log.EndedAt, Instance: &instance})); err != nil {
 		return err
 	}
 	return emit(backend.Event{At: log.Log.EndedAt, Log: log})
@@ -524,25 +552,27 @@ func (r *Runtime) Terminate(ctx context.Context, handle backend.Handle) (backend
 	if err != nil {
 		return backend.Termination{}, ledgerError(err, "close grant")
 	}
-	if claim == nil {
-		// Never seen: there is nothing to log, but the provider must say so.
-		if _, err := r.driver.Terminate(ctx, id); err != nil {
-			return backend.Termination{}, err
-		}
-		return backend.Termination{State: backend.StateTerminated}, nil
-	}
-
 	if deadline, ok := ctx.Deadline(); ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-answerMargin))
 		defer cancel()
+	}
+	if claim == nil {
+		// Never seen: there is nothing to log, but the provider must say so.
+		if _, err := r.driver.Terminate(ctx, id); err != nil {
+			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				return backend.Termination{State: backend.StateTerminating}, nil
+			}
+			return backend.Termination{}, err
+		}
+		return backend.Termination{State: backend.StateTerminated}, nil
 	}
 	for {
 		k := r.keep(*claim, nil, phaseEnd, closureReason(closure))
 		k.end(closureReason(closure))
 		if err := k.wait(ctx); err != nil {
 			if errors.Is(err, context.DeadlineExceeded) {
-				return backend.Termination{State: backend.StateTerminating, Log: k.usageSoFar()}, nil
+				return backend.Termination{State: backend.StateTerminating, Log: cloneLog(k.usageSoFar())}, nil
 			}
 			return backend.Termination{}, callerGone(err)
 		}
@@ -562,7 +592,7 @@ func (r *Runtime) terminated(ctx context.Context, id backend.GrantID) (backend.T
 	}
 	if log == nil || !log.Log.Final {
 		if r.live.Err() != nil {
-			return backend.Termination{}, backenderr.New(backenderr.ProviderUnavailable, "the worker is stopping")
+			return backend.Termination{}, stopping()
 		}
 		return backend.Termination{State: backend.StateTerminating, Log: log}, nil
 	}
@@ -583,10 +613,7 @@ func (r *Runtime) Instances(ctx context.Context) []backend.Instance {
 	for _, k := range keepers {
 		i := k.snapshot().instance
 		if caller.SeesAll() || caller.Owns(i.Owner) {
-			if caller.Role != backend.RoleOperator {
-				i.Owner = ""
-			}
-			out = append(out, i)
+			out = append(out, shownInstance(caller, i))
 		}
 	}
 	return out
@@ -658,7 +685,7 @@ func (r *Runtime) instanceOf(claim ledger.Claim) backend.Instance {
 		State:   backend.StatePending,
 	}
 	if grant, _, err := claimContent(claim); err == nil {
-		i.Shape, i.Region = grant.Shape, grant.Region
+		i.Shape, i.Region, i.ValidTo = grant.Shape, grant.Region, grant.ValidTo
 	}
 	return i
 }
@@ -671,18 +698,46 @@ func claimContent(claim ledger.Claim) (backend.Grant, backend.Envelope, error) {
 	return backendgrpc.GrantFromProto(p.GetGrant()), backendgrpc.EnvelopeFromProto(p.GetEnvelope()), nil
 }
 
-// withPlaintextKey puts the private key into a receipt that carries one in
-// clear. It is derived, not stored.
-func (r *Runtime) withPlaintextKey(p backend.Provisioned) backend.Provisioned {
-	if p.Receipt.PlaintextKey == nil {
-		return p
+// answer returns a copy of a ready instance as the caller may see it. A private
+// key in clear is put in: it is derived, not stored.
+func (r *Runtime) answer(caller backend.Caller, p backend.Provisioned) backend.Provisioned {
+	p = backendgrpc.ProvisionedFromProto(backendgrpc.ProvisionedToProto(p))
+	p.Instance = shownInstance(caller, p.Instance)
+	if p.Receipt.PlaintextKey != nil {
+		if private, _, err := r.keys.plaintextLogin(p.Receipt.GrantID); err == nil {
+			p.Receipt.PlaintextKey.PrivateKey = private
+		}
 	}
-	key := *p.Receipt.PlaintextKey
-	if private, _, err := r.keys.plaintextLogin(p.Receipt.GrantID); err == nil {
-		key.PrivateKey = private
-	}
-	p.Receipt.PlaintextKey = &key
 	return p
+}
+
+// shown returns a copy of an event as the caller may see it; watchers must not
+// share what one of them may change.
+func shown(caller backend.Caller, e backend.Event) backend.Event {
+	if e.Instance != nil {
+		instance := shownInstance(caller, *e.Instance)
+		e.Instance = &instance
+	}
+	e.Usage, e.Log = cloneLog(e.Usage), cloneLog(e.Log)
+	return e
+}
+
+// shownInstance returns a copy of an instance as the caller may see it: only
+// operators see whose it is.
+func shownInstance(caller backend.Caller, i backend.Instance) backend.Instance {
+	i.Ports = slices.Clone(i.Ports)
+	if caller.Role != backend.RoleOperator {
+		i.Owner = ""
+	}
+	return i
+}
+
+func cloneLog(log *backend.SignedLog) *backend.SignedLog {
+	return backendgrpc.SignedLogFromProto(backendgrpc.SignedLogToProto(log))
+}
+
+func stopping() *backenderr.Error {
+	return backenderr.New(backenderr.ProviderUnavailable, "the worker is stopping; call again")
 }
 
 func callerGone(err error) error {

@@ -113,7 +113,7 @@ func (r *Runtime) Sweep(ctx context.Context, dryRun bool) ([]Swept, error) {
 		found[seen] = true
 		swept := Swept{Resource: resource, Why: why}
 		if !dryRun && r.sighted[seen] {
-			swept.Err = r.remove(ctx, resource)
+			swept.Err = r.removeWithin(ctx, resource, r.config.SweepInterval)
 			swept.Deleted = swept.Err == nil
 			r.metrics.swept(swept.Deleted)
 			r.log.WarnContext(ctx, "Swept", "grant_id", resource.GrantID.String(), "instance_id", string(resource.InstanceID),
@@ -164,6 +164,14 @@ func (r *Runtime) judge(ctx context.Context, resource backend.Resource, now time
 		return "left over from an attempt without a live intent", nil
 	}
 	return "", nil
+}
+
+// removeWithin gives a removal its time: a host that doesn't answer must not
+// keep the sweep from the others. A keeper goes on by itself.
+func (r *Runtime) removeWithin(ctx context.Context, resource backend.Resource, limit time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	return r.remove(ctx, resource)
 }
 
 // remove deletes everything of the resource's grant. A grant with a claim goes
