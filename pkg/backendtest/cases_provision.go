@@ -334,9 +334,8 @@ func provisionCases() []testCase {
 			for round := 1; ; round++ {
 				g, envelope := e.grant()
 				fault := e.f.Inject(Fault{Point: e.f.CreatePoint, Kind: FaultSlow, GrantID: g.ID})
-				defer fault.Release()
 				ctx, cancel := context.WithCancel(e.ctx())
-				defer cancel()
+				e.Cleanup(cancel)
 				leaving := e.begin(ctx, g, envelope)
 				receive(e, "the create call", fault.Reached())
 				staying := e.begin(e.ctx(), g, envelope)

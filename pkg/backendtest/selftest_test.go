@@ -232,6 +232,9 @@ func broken(t *testing.T) map[string]struct {
 		"runs again after a restart that lost the ledger": {breakage{amnesia: true}, []string{
 			"provision/never again after the end and a restart", "provision/the same answer after a restart",
 		}},
+		"lets the first caller decide for all": {breakage{backend: func(b backend.Backend) backend.Backend {
+			return &firstDecides{Backend: b, calls: map[backend.GrantID]*call{}}
+		}}, []string{"provision/one of several callers may go"}},
 		"answers a repeated call otherwise": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
 			p, err := b.Provision(ctx, g, v)
 			first.mu.Lock()
@@ -371,6 +374,38 @@ func broken(t *testing.T) map[string]struct {
 	}
 }
 
+// firstDecides joins calls to the first one, which takes the others with it
+// when it goes.
+type firstDecides struct {
+	backend.Backend
+	mu    sync.Mutex
+	calls map[backend.GrantID]*call
+}
+
+type call struct {
+	done   chan struct{}
+	result outcome
+}
+
+func (f *firstDecides) Provision(ctx context.Context, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+	f.mu.Lock()
+	joined, ok := f.calls[g.ID]
+	if ok {
+		f.mu.Unlock()
+		if g.AlmanacSequence != 3 { // The one difference that the case makes.
+			return f.Backend.Provision(ctx, g, v)
+		}
+		<-joined.done
+		return joined.result.provisioned, joined.result.err
+	}
+	c := &call{done: make(chan struct{})}
+	f.calls[g.ID] = c
+	f.mu.Unlock()
+	c.result.provisioned, c.result.err = f.Backend.Provision(ctx, g, v)
+	close(c.done)
+	return c.result.provisioned, c.result.err
+}
+
 // anybody makes an operator of everyone.
 type anybody struct{ backend.Backend }
 
@@ -394,7 +429,7 @@ func (a anybody) Terminate(ctx context.Context, h backend.Handle) (backend.Termi
 func hasty(open func(testing.TB) *Fixture) func(testing.TB) *Fixture {
 	return func(t testing.TB) *Fixture {
 		f := open(t)
-		f.Patience = 1500 * time.Millisecond
+		f.Patience = time.Second
 		return f
 	}
 }
