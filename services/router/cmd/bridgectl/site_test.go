@@ -4,9 +4,9 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"os"
@@ -28,6 +28,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
+	"github.com/compute-bridge/compute-bridge/services/router/cmd/bridgectl/internal/cli"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/server"
 )
 
@@ -57,7 +58,7 @@ const gib = 1024
 
 func process(t *testing.T, run func(ctx context.Context, ready func()) error) (stop func()) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done, ready := make(chan error, 1), make(chan struct{})
 	go func() { done <- run(ctx, sync.OnceFunc(func() { close(ready) })) }()
 	select {
@@ -197,6 +198,9 @@ type result struct {
 
 func (s *site) run(t *testing.T, args ...string) result {
 	t.Helper()
+	if args[0] != "ssh" {
+		return s.call(t, args...)
+	}
 	cmd := s.command(args...)
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
@@ -206,6 +210,19 @@ func (s *site) run(t *testing.T, args ...string) result {
 		t.Fatal(err)
 	}
 	return result{cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()}
+}
+
+// call is [site.run] in this process, which is much faster with the race
+// detector on.
+func (s *site) call(t *testing.T, args ...string) result {
+	t.Helper()
+	var stdout, stderr bytes.Buffer
+	env := map[string]string{"HOME": s.home, "XDG_STATE_HOME": filepath.Join(s.home, "state"), "BRIDGECTL_TARGET": s.routerSock}
+	code := cli.Run(t.Context(), cli.Env{
+		Stdin: strings.NewReader(""), Stdout: &stdout, Stderr: &stderr,
+		Getenv: func(name string) string { return env[name] }, Now: time.Now,
+	}, args)
+	return result{code, stdout.String(), stderr.String()}
 }
 
 // must runs what has to work, and returns what it printed.
@@ -231,7 +248,7 @@ func (s *site) grant(t *testing.T, args ...string) string {
 	if err := json.Unmarshal([]byte(out), &res); err != nil {
 		t.Fatalf("%v in %s", err, out)
 	}
-	return fmt.Sprintf("%x", res.Instance.RequestID)
+	return hex.EncodeToString(res.Instance.RequestID)
 }
 
 // digest is one that nobody looks at: the fake provider has no images.

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
 	"path/filepath"
 	"strconv"
@@ -69,10 +70,7 @@ func (a *app) files(identity string, paths map[string]string, human func(o show.
 	if !a.json() {
 		return human(a.show())
 	}
-	out := map[string]string{}
-	for name, path := range paths {
-		out[name] = path
-	}
+	out := maps.Clone(paths)
 	if identity != "" {
 		out["identity"] = identity
 	}

@@ -96,10 +96,10 @@ func usage(err error) error {
 	return &coded{code: ExitUsage, err: err}
 }
 
-// exitStatus is the status of a program that was run; nothing is printed.
-type exitStatus int
+// exitStatusError is the status of a program that was run; nothing is printed.
+type exitStatusError int
 
-func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+func (e exitStatusError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
 // remote is what a server, or the way to it, answered.
 type remote struct {
@@ -154,7 +154,7 @@ func message(err *backenderr.Error) string {
 
 // code returns the exit code of an error.
 func code(err error) int {
-	var status exitStatus
+	var status exitStatusError
 	var own *coded
 	var far *remote
 	switch {
@@ -179,8 +179,7 @@ func code(err error) int {
 
 // printError writes an error for people.
 func printError(w io.Writer, p term.Painter, err error) {
-	var status exitStatus
-	if errors.As(err, &status) {
+	if _, ok := errors.AsType[exitStatusError](err); ok {
 		return
 	}
 	head := p.Paint(term.Bad, "error:")
@@ -259,13 +258,11 @@ type jsonViolation struct {
 
 // printJSONError writes an error as {"error": {…}} in one line.
 func printJSONError(w io.Writer, err error) {
-	var status exitStatus
-	if errors.As(err, &status) {
+	if _, ok := errors.AsType[exitStatusError](err); ok {
 		return
 	}
 	out := jsonError{Message: err.Error(), ExitCode: code(err)}
-	var far *remote
-	if errors.As(err, &far) {
+	if far, ok := errors.AsType[*remote](err); ok {
 		e := far.err
 		out.Reason, out.Message, out.Metadata, out.RetryAfterSeconds = string(e.Reason), message(e), e.Metadata, e.RetryAfter.Seconds()
 		for _, v := range e.Violations {

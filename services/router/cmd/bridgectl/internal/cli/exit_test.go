@@ -50,7 +50,7 @@ func TestEveryReasonHasItsExitCode(t *testing.T) {
 	t.Parallel()
 	var b bytes.Buffer
 	for n := range len(bridgev1.ErrorReason_name) {
-		name := bridgev1.ErrorReason(n).String()[len("ERROR_REASON_"):] //nolint:gosec // There are few.
+		name := bridgev1.ErrorReason(n).String()[len("ERROR_REASON_"):]
 		if name == "UNSPECIFIED" {
 			continue
 		}
@@ -72,7 +72,7 @@ func TestErrorsAreTold(t *testing.T) {
 		"transport": rpc(status.Error(codes.Unavailable, `connection error: desc = "transport: Error while dialing: dial tcp 127.0.0.1:1: connect: connection refused"`)),
 		"local":     usage(errors.New("--cpu is missing")),
 		"several":   usage(errors.Join(errors.New("--cpu is missing"), errors.New("--ram is missing"))),
-		"status":    exitStatus(3),
+		"status":    exitStatusError(3),
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -100,7 +100,7 @@ func TestLocalErrorsHaveTheirExitCode(t *testing.T) {
 		{fmt.Errorf("wrapped: %w", fail(ExitNotFound, "x")), 7},
 		{context.Canceled, 130},
 		{context.DeadlineExceeded, 5},
-		{exitStatus(42), 42},
+		{exitStatusError(42), 42},
 		{rpc(context.DeadlineExceeded), 5},
 		{rpc(status.Error(codes.Unavailable, `connection error: desc = "transport: authentication handshake failed: tls: x"`)), 6},
 		{rpc(status.Error(codes.PermissionDenied, "a proxy says no")), 1},

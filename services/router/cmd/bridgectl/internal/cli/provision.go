@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -120,17 +121,17 @@ func (a *app) build(w *wanted) (*bridgev1.ProvisionRequest, error) {
 			return nil, &coded{code: ExitInvalid, err: err}
 		}
 	}
-	if req.Grant == nil {
+	if req.GetGrant() == nil {
 		req.Grant = &bridgev1.Grant{}
 	}
-	if req.Envelope == nil {
+	if req.GetEnvelope() == nil {
 		req.Envelope = &bridgev1.Envelope{}
 	}
 	g, e := req.GetGrant(), req.GetEnvelope()
-	if g.Image == nil {
+	if g.GetImage() == nil {
 		g.Image = &bridgev1.Image{}
 	}
-	if g.Shape == nil {
+	if g.GetShape() == nil {
 		g.Shape = &bridgev1.Shape{}
 	}
 	var problems []error
@@ -213,13 +214,14 @@ func (a *app) build(w *wanted) (*bridgev1.ProvisionRequest, error) {
 	case g.GetValidTo() == nil:
 		problems = append(problems, errors.New("--for or --until is missing"))
 	}
-	if a.changed("request-id") {
+	switch {
+	case a.changed("request-id"):
 		g.RequestId, err = spec.Bytes32(w.requestID)
 		flag("request-id", err)
-	} else if len(g.GetRequestId()) == 0 {
+	case len(g.GetRequestId()) == 0:
 		g.RequestId = make([]byte, len(backend.GrantID{}))
 		_, _ = rand.Read(g.GetRequestId()) // It never fails.
-	} else if len(g.GetRequestId()) != len(backend.GrantID{}) {
+	case len(g.GetRequestId()) != len(backend.GrantID{}):
 		problems = append(problems, fmt.Errorf("grant.request_id: %d bytes, want %d", len(g.GetRequestId()), len(backend.GrantID{})))
 	}
 	if a.changed("post-hash") {
@@ -264,16 +266,14 @@ func (a *app) environment(w *wanted, g *bridgev1.Grant) error {
 	if g.Environment == nil && len(set) > 0 {
 		g.Environment = map[string]string{}
 	}
-	for name, value := range set {
-		g.GetEnvironment()[name] = value
-	}
+	maps.Copy(g.GetEnvironment(), set)
 	return nil
 }
 
 // loginKey settles how the requester will log in, and stores it with the grant.
 func (a *app) loginKey(w *wanted, g *state.Grant) error {
 	e := g.Request.GetEnvelope()
-	own := len(e.GetSshPublicKey()) > 0 || len(e.GetX25519PublicKey()) > 0
+	own := e.GetSshPublicKey() != "" || len(e.GetX25519PublicKey()) > 0
 	home := a.Getenv("HOME")
 	path := w.sshKey
 	if path == "" && !w.seal && !own && home != "" {
@@ -604,7 +604,7 @@ func (s *sending) takenBack(parent context.Context) error {
 		if err == nil && len(res.GetUnreachableBackends()) == 0 {
 			exists := false
 			for _, i := range res.GetInstances() {
-				switch i.GetState() { //nolint:exhaustive // All others exist.
+				switch i.GetState() {
 				case bridgev1.InstanceState_INSTANCE_STATE_FAILED, bridgev1.InstanceState_INSTANCE_STATE_TERMINATED:
 				default:
 					exists = true

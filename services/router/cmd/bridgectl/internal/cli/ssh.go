@@ -72,18 +72,18 @@ func (a *app) access(arg string) (state.Store, state.Grant, login.Destination, l
 func (a *app) client(name, use, short, long string, arguments func(*login.Session, []string) []string, least int) *cobra.Command {
 	cmd := &cobra.Command{
 		Use: use, Short: short, Long: long, ValidArgsFunction: a.grants,
-		Args: func(cmd *cobra.Command, args []string) error {
+		Args: func(_ *cobra.Command, args []string) error {
 			if len(args) < least {
 				return usage(fmt.Errorf("usage: bridgectl %s", use))
 			}
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
-			stdio, err := a.stdio()
+			_, _, dest, key, err := a.access(args[0])
 			if err != nil {
 				return err
 			}
-			_, _, dest, key, err := a.access(args[0])
+			stdio, err := a.stdio()
 			if err != nil {
 				return err
 			}
@@ -107,7 +107,7 @@ func (a *app) client(name, use, short, long string, arguments func(*login.Sessio
 				return err
 			}
 			if status != 0 {
-				return exitStatus(status)
+				return exitStatusError(status)
 			}
 			return nil
 		},

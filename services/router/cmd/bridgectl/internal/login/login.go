@@ -240,7 +240,7 @@ func Run(ctx context.Context, name string, args []string, stdio Stdio) (int, err
 	if err != nil {
 		return 0, fmt.Errorf("OpenSSH's client is needed: %w", err)
 	}
-	//nolint:gosec // The client of the user's own PATH, with arguments that were checked.
+	//nolint:gosec,noctx // The client of the user's own PATH, with arguments that were checked; signals end it.
 	cmd := exec.Command(path, args...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdio.In, stdio.Out, stdio.Err
 

@@ -73,8 +73,8 @@ func receipt(r *bridgev1.Receipt) *bridgev1.ProvisionResponse {
 	return &bridgev1.ProvisionResponse{Instance: instance(1, bridgev1.InstanceState_INSTANCE_STATE_READY), Receipt: r}
 }
 
-func measured(v int64, source bridgev1.UsageSource, from, to time.Duration) *bridgev1.Measurement {
-	return &bridgev1.Measurement{Value: v, Source: source, CoveredFrom: at(from), CoveredTo: at(to)}
+func measured(v int64, source bridgev1.UsageSource, to time.Duration) *bridgev1.Measurement {
+	return &bridgev1.Measurement{Value: v, Source: source, CoveredFrom: at(-2 * time.Hour), CoveredTo: at(to)}
 }
 
 func log(final bool) *bridgev1.ComputeLog {
@@ -84,11 +84,11 @@ func log(final bool) *bridgev1.ComputeLog {
 		Shape: &bridgev1.Shape{CpuMillicores: 1500, RamMib: 2048, StorageGib: 10}, StartedAt: at(-2 * time.Hour), EndedAt: at(-time.Hour), ValidTo: at(time.Hour),
 		Exit: &bridgev1.Exit{Reason: bridgev1.EndReason_END_REASON_WORKLOAD_EXITED, Code: &code, Message: hostile},
 		Usage: &bridgev1.Usage{
-			CpuCoreMilliseconds:          measured(754_321, bridgev1.UsageSource_USAGE_SOURCE_HOST_MEASURED, -2*time.Hour, -time.Hour),
-			CpuAllocatedMillicoreSeconds: measured(1500*3600, bridgev1.UsageSource_USAGE_SOURCE_ALLOCATED, -2*time.Hour, -time.Hour),
-			RamAllocatedMibSeconds:       measured(2048*3600, bridgev1.UsageSource_USAGE_SOURCE_ALLOCATED, -2*time.Hour, -time.Hour),
-			RamPeakBytes:                 measured(873<<20, bridgev1.UsageSource_USAGE_SOURCE_HYPERVISOR_MEASURED, -2*time.Hour, -90*time.Minute),
-			NetworkReceivedBytes:         measured(999, bridgev1.UsageSource_USAGE_SOURCE_PROVIDER_MONITORING, -2*time.Hour, -time.Hour),
+			CpuCoreMilliseconds:          measured(754_321, bridgev1.UsageSource_USAGE_SOURCE_HOST_MEASURED, -time.Hour),
+			CpuAllocatedMillicoreSeconds: measured(1500*3600, bridgev1.UsageSource_USAGE_SOURCE_ALLOCATED, -time.Hour),
+			RamAllocatedMibSeconds:       measured(2048*3600, bridgev1.UsageSource_USAGE_SOURCE_ALLOCATED, -time.Hour),
+			RamPeakBytes:                 measured(873<<20, bridgev1.UsageSource_USAGE_SOURCE_HYPERVISOR_MEASURED, -90*time.Minute),
+			NetworkReceivedBytes:         measured(999, bridgev1.UsageSource_USAGE_SOURCE_PROVIDER_MONITORING, -time.Hour),
 			NetworkSentBytes:             &bridgev1.Measurement{Value: 1 << 41, Source: bridgev1.UsageSource_USAGE_SOURCE_HOST_MEASURED},
 		},
 	}
@@ -216,12 +216,32 @@ func golden(t *testing.T, name string, got []byte) {
 func TestValuesAreShownAsPeopleReadThem(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct{ got, want string }{
-		{show.CPU(500), "500m"}, {show.CPU(1), "1m"}, {show.CPU(2000), "2"}, {show.CPU(1500), "1.5"}, {show.CPU(1234), "1.234"}, {show.CPU(0), "0"},
-		{show.MiB(0), "0Mi"}, {show.MiB(512), "512Mi"}, {show.MiB(2048), "2Gi"}, {show.MiB(1536), "1.5Gi"}, {show.MiB(1 << 20), "1Ti"},
-		{show.GiB(100), "100Gi"}, {show.GiB(1 << 10), "1Ti"},
-		{show.Bytes(0), "0 B"}, {show.Bytes(1023), "1023 B"}, {show.Bytes(1024), "1 KiB"}, {show.Bytes(64 << 20), "64 MiB"}, {show.Bytes(1<<63 - 1), "8 EiB"},
-		{show.Span(0), "0s"}, {show.Span(400 * time.Millisecond), "0.4s"}, {show.Span(59 * time.Second), "59s"}, {show.Span(time.Minute), "1m"},
-		{show.Span(61 * time.Second), "1m 1s"}, {show.Span(25 * time.Hour), "1d 1h"}, {show.Span(-time.Hour), "-1h"}, {show.Span(24*time.Hour + time.Minute), "1d"},
+		{show.CPU(500), "500m"},
+		{show.CPU(1), "1m"},
+		{show.CPU(2000), "2"},
+		{show.CPU(1500), "1.5"},
+		{show.CPU(1234), "1.234"},
+		{show.CPU(0), "0"},
+		{show.MiB(0), "0Mi"},
+		{show.MiB(512), "512Mi"},
+		{show.MiB(2048), "2Gi"},
+		{show.MiB(1536), "1.5Gi"},
+		{show.MiB(1 << 20), "1Ti"},
+		{show.GiB(100), "100Gi"},
+		{show.GiB(1 << 10), "1Ti"},
+		{show.Bytes(0), "0 B"},
+		{show.Bytes(1023), "1023 B"},
+		{show.Bytes(1024), "1 KiB"},
+		{show.Bytes(64 << 20), "64 MiB"},
+		{show.Bytes(1<<63 - 1), "8 EiB"},
+		{show.Span(0), "0s"},
+		{show.Span(400 * time.Millisecond), "0.4s"},
+		{show.Span(59 * time.Second), "59s"},
+		{show.Span(time.Minute), "1m"},
+		{show.Span(61 * time.Second), "1m 1s"},
+		{show.Span(25 * time.Hour), "1d 1h"},
+		{show.Span(-time.Hour), "-1h"},
+		{show.Span(24*time.Hour + time.Minute), "1d"},
 		{show.Span(59*time.Minute + 59*time.Second + 600*time.Millisecond), "1h"},
 	} {
 		if c.got != c.want {

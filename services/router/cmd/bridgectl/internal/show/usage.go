@@ -148,7 +148,7 @@ func covered(m *bridgev1.Measurement, log *bridgev1.ComputeLog) term.Cell {
 // Log shows one compute log in full.
 func (o Output) Log(c CheckedLog) error {
 	log := c.Log
-	life := ""
+	life := "never started"
 	if log.GetStartedAt() != nil {
 		end := o.Now
 		if log.GetEndedAt() != nil {
@@ -161,8 +161,6 @@ func (o Output) Log(c CheckedLog) error {
 			life += "now"
 		}
 		life += "  " + o.Paint(term.Faint, "("+Span(end.Sub(log.GetStartedAt().AsTime()))+")")
-	} else {
-		life = "never started"
 	}
 	kind := "interim"
 	if log.GetFinal() {

@@ -52,7 +52,7 @@ func (p Painter) Paint(style Style, text string) string {
 // IsTerminal reports whether w is a terminal.
 func IsTerminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
-	return ok && term.IsTerminal(int(f.Fd())) //nolint:gosec // A descriptor fits into an int.
+	return ok && term.IsTerminal(int(f.Fd()))
 }
 
 // Width returns how many columns a terminal has, 0 if w is none.
@@ -61,7 +61,7 @@ func Width(w io.Writer) int {
 	if !ok {
 		return 0
 	}
-	width, _, err := term.GetSize(int(f.Fd())) //nolint:gosec // A descriptor fits into an int.
+	width, _, err := term.GetSize(int(f.Fd()))
 	if err != nil {
 		return 0
 	}
