@@ -339,8 +339,9 @@ func labNamespaces(lab string) ([]string, error) {
 	return names, nil
 }
 
-// remains lists what a destroyed lab left on the machine. It should be nothing.
-func remains(name string) ([]string, error) {
+// Remains lists what a closed lab left on the machine: network namespaces,
+// directories, control groups, mounts, loop devices. It should be nothing.
+func Remains(name string) ([]string, error) {
 	var left []string
 	namespaces, err := labNamespaces(name)
 	if err != nil {

@@ -100,7 +100,7 @@ func superviseTests() (code int, err error) {
 	defer cancel()
 	strays, strayErr := lab.endStrays(closing)
 	closeErr := lab.Close(closing)
-	left, leftErr := remains(lab.name)
+	left, leftErr := Remains(lab.name)
 	left = append(strays, left...)
 	if err := errors.Join(runErr, strayErr, closeErr, leftErr); err != nil {
 		return code, err
