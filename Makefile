@@ -140,6 +140,7 @@ build: ## Build the static binaries into bin
 	$(call go_build,services/router,bridgectl,./cmd/bridgectl)
 	$(call go_build,services/baremetal-worker,baremetal-worker,.)
 	$(call go_build,test,lab,./lab/cmd/lab)
+	$(call go_build,test,demo,./demo)
 
 # --- Test -------------------------------------------------------------------
 
@@ -213,8 +214,8 @@ lab-down: ## Destroy the lab hosts
 	bin/lab down
 
 .PHONY: demo
-demo: prerequisites build ## A grant from the router to a container on a lab host, end to end
-	bin/lab demo
+demo: prerequisites build ## A grant from the router to a container on a lab host, end to end (KEEP=1: leave it running)
+	@bin/demo $(if $(KEEP),-keep)
 
 # --- Containers, for development --------------------------------------------
 
