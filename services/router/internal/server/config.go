@@ -3,7 +3,6 @@ package server
 import (
 	"cmp"
 	"io"
-	"log/slog"
 	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
@@ -78,7 +77,7 @@ func (c Config) Validate() error {
 	if !backend.ValidName(c.BridgeID) {
 		p.Add("bridge_id", "%q: want [a-z][a-z0-9-]*, at most 32 bytes", c.BridgeID)
 	}
-	if _, err := c.Logger(io.Discard); err != nil {
+	if _, err := telemetry.NewLogger(io.Discard, telemetry.LogConfig{Level: c.LogLevel}); err != nil {
 		p.Add("log_level", "%q: want debug, info, warn or error", c.LogLevel)
 	}
 	if c.Ledger.Path == "" {
@@ -111,11 +110,6 @@ func (c Config) Validate() error {
 		p.Join(c.TLS.Validate("tls"))
 	}
 	return p.Err()
-}
-
-// Logger returns the logger that the configuration asks for.
-func (c Config) Logger(w io.Writer) (*slog.Logger, error) {
-	return telemetry.NewLogger(w, telemetry.LogConfig{Level: c.LogLevel})
 }
 
 func (b BackendConfig) worker() workers.Config {

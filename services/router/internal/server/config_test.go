@@ -163,7 +163,7 @@ func TestCommandLine(t *testing.T) {
 		{[]string{"-help"}, 0, "", "-check-config"},
 	} {
 		var out, errout bytes.Buffer
-		if code := server.Main(t.Context(), c.args, &out, &errout); code != c.code {
+		if code := server.Program().Execute(t.Context(), c.args, &out, &errout); code != c.code {
 			t.Errorf("%v: exit code %d, want %d", c.args, code, c.code)
 		}
 		if !strings.Contains(out.String(), c.out) || !strings.Contains(errout.String(), c.errout) || (c.out == "") != (out.Len() == 0) {

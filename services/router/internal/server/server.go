@@ -13,6 +13,7 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/grpcx"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/process"
 	"github.com/compute-bridge/compute-bridge/pkg/telemetry"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/api"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/claims"
@@ -22,6 +23,18 @@ import (
 
 // metricsTimeout is how long a reading of the metrics may keep the end waiting.
 const metricsTimeout = 2 * time.Second
+
+// Program is the router's command line.
+func Program() process.Program[Config] {
+	return process.Program[Config]{
+		Name:     "router",
+		Serves:   func(c Config) grpcx.ServerConfig { return c.ServerConfig },
+		LogLevel: func(c Config) string { return c.LogLevel },
+		Run: func(ctx context.Context, c Config, log *slog.Logger) error {
+			return Run(ctx, c, log, nil)
+		},
+	}
+}
 
 // Run serves until ctx ends. listening, if not nil, is called with the
 // addresses once calls are taken. c is valid.
@@ -37,7 +50,11 @@ func Run(ctx context.Context, c Config, log *slog.Logger, listening func([]net.A
 			return fmt.Errorf("metrics_address: %w", err)
 		}
 		exporter := telemetry.ServeMetrics(l, metrics, log)
-		defer func() { failure = errors.Join(failure, stopWithin(ctx, metricsTimeout, exporter.Shutdown)) }()
+		defer func() {
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), metricsTimeout)
+			defer cancel()
+			failure = errors.Join(failure, exporter.Shutdown(ctx))
+		}()
 	}
 	store, err := ledger.Open(ctx, ledger.Config{Path: string(c.Ledger.Path)})
 	if err != nil {
@@ -63,6 +80,9 @@ func Run(ctx context.Context, c Config, log *slog.Logger, listening func([]net.A
 	if err != nil {
 		return err
 	}
+	if err := metrics.Register(newBackendMetrics(router)); err != nil {
+		return fmt.Errorf("register metrics: %w", err)
+	}
 
 	server, err := grpcx.NewServer(c.ServerConfig, log, metrics)
 	if err != nil {
@@ -82,18 +102,11 @@ func Run(ctx context.Context, c Config, log *slog.Logger, listening func([]net.A
 	}
 	asked.Wait()
 
-	log.InfoContext(ctx, "Started router", "bridge_id", c.BridgeID, "backends", names, "fall_through", c.FallThrough)
+	log.InfoContext(ctx, "Started router", "bridge_id", c.BridgeID, "backends", names, "fall_through", c.FallThrough, "version", process.Version())
 	if listening != nil {
 		listening(server.Addrs())
 	}
 	err = server.Run(ctx, c.ShutdownTimeout.Duration)
 	log.InfoContext(ctx, "Stopped router")
 	return err
-}
-
-// stopWithin calls stop with a time limit, although ctx has ended.
-func stopWithin(ctx context.Context, limit time.Duration, stop func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
-	defer cancel()
-	return stop(ctx)
 }

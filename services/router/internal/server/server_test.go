@@ -5,10 +5,13 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -147,6 +150,7 @@ func (s *site) router(t *testing.T, machines ...*machine) *router {
 bridge_id = "test"
 shutdown_timeout = "1s"
 tls = {cert_file = %q, key_file = %q, ca_file = %q}
+metrics_address = %q
 ledger.path = "router.db"
 listen = [{address = "127.0.0.1:0"}, {address = "unix:%s"}, {address = "127.0.0.1:0", insecure = true}]
 client = [
@@ -157,7 +161,7 @@ client = [
 	{identity = "unix:%d", role = "operator"},
 	{identity = "insecure", role = "reader"},
 ]
-`, files.CertFile, files.KeyFile, files.CAFile, filepath.Join(t.TempDir(), "router.sock"), os.Getuid())
+`, files.CertFile, files.KeyFile, files.CAFile, freeAddress(t), filepath.Join(t.TempDir(), "router.sock"), os.Getuid())
 	for _, m := range machines {
 		text += fmt.Sprintf("[[backend]]\nname = %q\ntarget = %q\nserver_name = \"localhost\"\npoll_interval = \"20ms\"\nconnect_timeout = \"100ms\"\n", m.name, m.address)
 	}
@@ -398,8 +402,33 @@ func TestTheRouterTellsWhatItStandsFor(t *testing.T) {
 	if diff := cmp.Diff([]bridgev1.BackendHealth{serving, serving}, health()); diff != "" {
 		t.Errorf("health (-want +got):\n%s", diff)
 	}
+	metrics := func() string {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+c.MetricsAddress+"/metrics", http.NoBody)
+		if err != nil {
+			t.Fatal(err)
+		}
+		transport := &http.Transport{}
+		defer transport.CloseIdleConnections()
+		res, err := (&http.Client{Transport: transport}).Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer res.Body.Close()
+		text, err := io.ReadAll(res.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	if text := metrics(); !strings.Contains(text, `computebridge_backend_takes_grants{backend="west"} 1`) || !strings.Contains(text, "grpc_server_handled_total") {
+		t.Errorf("metrics are:\n%s", text)
+	}
 	stopWest()
 	eventually(t, "the loss is seen", func() bool { return cmp.Equal(health(), []bridgev1.BackendHealth{serving, gone}) })
+	if text := metrics(); !strings.Contains(text, `computebridge_backend_takes_grants{backend="west"} 0`) {
+		t.Errorf("metrics after the loss are:\n%s", text)
+	}
 	// What is lost keeps its place in the union, with nothing free.
 	total, free := int64(0), int64(0)
 	for _, r := range card().GetCapabilities().GetRegions() {
@@ -437,12 +466,12 @@ func TestListeners(t *testing.T) {
 	for i := range c.Listen {
 		one := c
 		one.Listen = c.Listen[i : i+1]
-		if err := server.CheckHealth(t.Context(), one); err != nil {
+		if err := grpcx.CheckHealth(t.Context(), one.ServerConfig); err != nil {
 			t.Errorf("health on %s: %v", c.Listen[i].Address, err)
 		}
 	}
 	stop()
-	if err := server.CheckHealth(t.Context(), c); err == nil {
+	if err := grpcx.CheckHealth(t.Context(), c.ServerConfig); err == nil {
 		t.Error("a router that has stopped is healthy")
 	}
 }
