@@ -234,9 +234,6 @@ func (d *demo) end(ctx context.Context, grant string) error {
 	if err := d.run(ctx, market, "bridgectl", "terminate", grant); err != nil {
 		return err
 	}
-	if err := d.run(ctx, market, "bridgectl", "usage", grant); err != nil {
-		return err
-	}
 	out, err := d.outputOf(ctx, market, "bridgectl", "logs", grant, "--verify")
 	if err != nil {
 		return err
@@ -417,6 +414,8 @@ func (d *demo) execute(ctx context.Context, identity string, quiet bool, program
 // prepare returns a command that an interrupt ends in order.
 func (d *demo) prepare(ctx context.Context, identity, program string, args ...string) *exec.Cmd {
 	cmd := d.site.Command(ctx, identity, program, args...)
+	// Ctrl-C reaches us alone, so that the command gets one signal, not two.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = 20 * time.Second
 	return cmd
