@@ -1,7 +1,6 @@
 package firewall_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -28,7 +27,7 @@ func TestMain(m *testing.M) { lab.Main(m, lab.CheckGoroutines()) }
 
 func connect(t testing.TB, h *lab.Host) *sshconn.Conn {
 	t.Helper()
-	conn, err := sshconn.Open(context.Background(), sshconn.Config{
+	conn, err := sshconn.Open(t.Context(), sshconn.Config{
 		Name: h.Name, Address: net.JoinHostPort(h.Addr.String(), strconv.Itoa(h.SSHPort)), User: "root",
 		Key: h.Lab().UserKey(), HostKeys: []ssh.PublicKey{h.HostKey},
 	}, slog.New(slog.NewTextHandler(t.Output(), nil)))
@@ -350,7 +349,7 @@ func TestTraffic(t *testing.T) {
 		if err := exchange(); err != nil {
 			t.Fatalf("while the hole is open: %v", err)
 		}
-		for deadline := time.Now().Add(15 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		for deadline := time.Now().Add(15 * time.Second); ; <-time.After(50 * time.Millisecond) {
 			set, err := host.Exec(t.Context(), "nft", "list", "set", "inet", "compute_bridge_demo", "open_tcp")
 			if err != nil {
 				t.Fatal(err)

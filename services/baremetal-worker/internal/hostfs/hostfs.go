@@ -80,8 +80,7 @@ func (f *FS) classify(ctx context.Context, err error, doing, name string) error 
 	if err == nil {
 		return nil
 	}
-	var own *backenderr.Error
-	if errors.As(err, &own) {
+	if _, ok := errors.AsType[*backenderr.Error](err); ok {
 		return err
 	}
 	host := f.conn.Name()

@@ -29,7 +29,7 @@ func TestMain(m *testing.M) { lab.Main(m, lab.CheckGoroutines()) }
 
 func connect(t testing.TB, h *lab.Host) *sshconn.Conn {
 	t.Helper()
-	conn, err := sshconn.Open(context.Background(), sshconn.Config{
+	conn, err := sshconn.Open(t.Context(), sshconn.Config{
 		Name: h.Name, Address: net.JoinHostPort(h.Addr.String(), strconv.Itoa(h.SSHPort)), User: "root",
 		Key: h.Lab().UserKey(), HostKeys: []ssh.PublicKey{h.HostKey},
 		BackoffMin: 50 * time.Millisecond, BackoffMax: 500 * time.Millisecond,

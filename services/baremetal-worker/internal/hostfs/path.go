@@ -1,6 +1,7 @@
 package hostfs
 
 import (
+	"errors"
 	"fmt"
 	"path"
 	"strings"
@@ -27,16 +28,14 @@ func (b Base) String() string { return b.dir }
 // leading "-", and at most 255 bytes.
 func (b Base) Join(elements ...string) (string, error) {
 	if b.dir == "" {
-		return "", fmt.Errorf("path without a base")
+		return "", errors.New("path without a base")
 	}
-	joined := b.dir
 	for _, e := range elements {
 		if err := checkName(e); err != nil {
 			return "", err
 		}
-		joined += "/" + e
 	}
-	return joined, nil
+	return strings.Join(append([]string{b.dir}, elements...), "/"), nil
 }
 
 // Base returns the base of a directory below this one.

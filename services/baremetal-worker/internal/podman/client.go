@@ -96,7 +96,7 @@ func (c *Client) call(ctx context.Context, timeout time.Duration, method, endpoi
 	if len(query) > 0 {
 		target += "?" + query.Encode()
 	}
-	request, err := http.NewRequestWithContext(ctx, method, target, nil)
+	request, err := http.NewRequestWithContext(ctx, method, target, http.NoBody)
 	if err != nil {
 		return c.classify(err, method, endpoint)
 	}

@@ -41,7 +41,7 @@ func newRig(t testing.TB) rig {
 	t.Helper()
 	h := lab.NewHost(t, lab.HostOptions{})
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
-	conn, err := sshconn.Open(context.Background(), sshconn.Config{
+	conn, err := sshconn.Open(t.Context(), sshconn.Config{
 		Name: h.Name, Address: net.JoinHostPort(h.Addr.String(), strconv.Itoa(h.SSHPort)), User: "root",
 		Key: h.Lab().UserKey(), HostKeys: []ssh.PublicKey{h.HostKey},
 		BackoffMin: 50 * time.Millisecond, BackoffMax: 500 * time.Millisecond,
@@ -50,7 +50,7 @@ func newRig(t testing.TB) rig {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	units := systemd.Open(context.Background(), conn, log)
+	units := systemd.Open(t.Context(), conn, log)
 	t.Cleanup(func() { _ = units.Close() })
 	client := podman.New(conn)
 	t.Cleanup(client.Close)

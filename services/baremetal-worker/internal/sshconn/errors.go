@@ -70,8 +70,7 @@ func (c *Conn) classify(err error, doing string) error {
 	if err == nil {
 		return nil
 	}
-	var own *backenderr.Error
-	if errors.As(err, &own) {
+	if _, ok := errors.AsType[*backenderr.Error](err); ok {
 		return err
 	}
 	if errors.Is(err, context.Canceled) {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
-	"io"
 	"log/slog"
 	"net"
 	"strconv"
@@ -30,7 +29,7 @@ func config(h *lab.Host) sshconn.Config {
 
 func open(t testing.TB, cfg sshconn.Config) *sshconn.Conn {
 	t.Helper()
-	conn, err := sshconn.Open(context.Background(), cfg, slog.New(slog.NewTextHandler(t.Output(), nil)))
+	conn, err := sshconn.Open(t.Context(), cfg, slog.New(slog.NewTextHandler(t.Output(), nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,4 +84,4 @@ func newKey(t testing.TB) ssh.Signer {
 	return signer
 }
 
-func discard() *slog.Logger { return slog.New(slog.NewTextHandler(io.Discard, nil)) }
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }

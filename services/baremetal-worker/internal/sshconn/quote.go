@@ -1,6 +1,7 @@
 package sshconn
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 )
@@ -14,7 +15,7 @@ import (
 // is an empty vector.
 func Quote(args []string) (string, error) {
 	if len(args) == 0 {
-		return "", fmt.Errorf("quote: no command")
+		return "", errors.New("quote: no command")
 	}
 	var line strings.Builder
 	for i, arg := range args {

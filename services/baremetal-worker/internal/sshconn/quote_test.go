@@ -23,7 +23,13 @@ func shellSplit(t *testing.T, line string) []string {
 
 func TestQuoteSurvivesTheShell(t *testing.T) {
 	for _, args := range [][]string{
-		{"true"}, {"if"}, {"A=b", "c"}, {""}, {"a", "", "b"}, {"$(id)", "`id`", "$HOME", "${IFS}"}, {"it's", "'", "''", `\'`, `"`},
+		{"true"},
+		{"if"},
+		{"A=b", "c"},
+		{""},
+		{"a", "", "b"},
+		{"$(id)", "`id`", "$HOME", "${IFS}"},
+		{"it's", "'", "''", `\'`, `"`},
 		{"a b", "\t", "\n", "\r", " ", "*", "?", "[a-z]", "~", "~root", "!", "!!", "#", "&", "|", ";", "<", ">", "(", ")", "{a,b}"},
 		{"%i", "%n", "\\", "\\n", "-n", "--", "-e", "é", "\xff\xfe", "\x01", "=", "a=b", "^", "@", "%1"},
 	} {

@@ -559,7 +559,7 @@ func (a *activityConn) Read(p []byte) (int, error) {
 	n, err := a.Conn.Read(p)
 	if n > 0 {
 		a.lastRead.Store(time.Now().UnixNano())
-		if a.first == nil || len(a.first) < greetingBytes {
+		if len(a.first) < greetingBytes {
 			a.mu.Lock()
 			a.first = append(a.first, p[:min(n, greetingBytes-len(a.first))]...)
 			a.mu.Unlock()

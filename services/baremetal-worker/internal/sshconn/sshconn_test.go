@@ -377,7 +377,7 @@ func TestCloseEndsEverything(t *testing.T) {
 	conn := connect(t, config(host))
 	running := make(chan error, 1)
 	go func() {
-		_, err := conn.Run(context.Background(), sshconn.Command{Args: []string{"sleep", "600"}})
+		_, err := conn.Run(t.Context(), sshconn.Command{Args: []string{"sleep", "600"}})
 		running <- err
 	}()
 	eventually(t, "the command runs", func() bool {
@@ -431,7 +431,7 @@ func eventually(t testing.TB, what string, holds func() bool) {
 		if time.Now().After(deadline) {
 			t.Fatalf("never: %s", what)
 		}
-		time.Sleep(10 * time.Millisecond)
+		<-time.After(10 * time.Millisecond)
 	}
 }
 

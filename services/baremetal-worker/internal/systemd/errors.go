@@ -45,12 +45,10 @@ const (
 
 // errorName returns the name of a D-Bus error, or "".
 func errorName(err error) string {
-	var e dbus.Error
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[dbus.Error](err); ok {
 		return e.Name
 	}
-	var p *dbus.Error
-	if errors.As(err, &p) {
+	if p, ok := errors.AsType[*dbus.Error](err); ok {
 		return p.Name
 	}
 	return ""
@@ -61,8 +59,7 @@ func (c *Client) classify(err error, doing string) error {
 	if err == nil {
 		return nil
 	}
-	var own *backenderr.Error
-	if errors.As(err, &own) {
+	if _, ok := errors.AsType[*backenderr.Error](err); ok {
 		return err
 	}
 	host := c.conn.Name()

@@ -25,7 +25,7 @@ func TestMain(m *testing.M) { lab.Main(m, lab.CheckGoroutines()) }
 func connect(t testing.TB, h *lab.Host) (*systemd.Client, *sshconn.Conn) {
 	t.Helper()
 	log := slog.New(slog.NewTextHandler(t.Output(), nil))
-	conn, err := sshconn.Open(context.Background(), sshconn.Config{
+	conn, err := sshconn.Open(t.Context(), sshconn.Config{
 		Name: h.Name, Address: net.JoinHostPort(h.Addr.String(), strconv.Itoa(h.SSHPort)), User: "root",
 		Key: h.Lab().UserKey(), HostKeys: []ssh.PublicKey{h.HostKey},
 		BackoffMin: 50 * time.Millisecond, BackoffMax: 500 * time.Millisecond,
@@ -34,7 +34,7 @@ func connect(t testing.TB, h *lab.Host) (*systemd.Client, *sshconn.Conn) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	client := systemd.Open(context.Background(), conn, log)
+	client := systemd.Open(t.Context(), conn, log)
 	t.Cleanup(func() { _ = client.Close() })
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()

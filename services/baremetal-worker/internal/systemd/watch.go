@@ -187,7 +187,7 @@ func (c *Client) refresh(b *bus, path dbus.ObjectPath, w *watch) {
 	case <-b.done:
 		return
 	}
-	props, sequence, err := b.properties(context.Background(), w.name) //nolint:contextcheck // Belongs to the connection, whose end ends it.
+	props, sequence, err := b.properties(b.conn.Context(), w.name)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.bus != b || c.watches[path] != w {
