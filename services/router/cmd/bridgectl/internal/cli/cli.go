@@ -345,6 +345,12 @@ func (a *app) resolve(ctx context.Context, arg string) (string, backend.GrantID,
 	if fullErr == nil && found[full] != "" {
 		return found[full], full, nil
 	}
+	// As many digits as a list shows are enough to go by what is stored.
+	if len(found) == 1 && len(arg) >= show.ShortID {
+		for id, handle := range found {
+			return handle, id, nil
+		}
+	}
 	if err := a.ask(ctx, arg, found); err != nil && len(found) == 0 {
 		return "", backend.GrantID{}, err
 	}

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -24,6 +25,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/receipt"
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
 	bridgev1 "github.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1"
+	"github.com/compute-bridge/compute-bridge/services/router/cmd/bridgectl/internal/login"
 	"github.com/compute-bridge/compute-bridge/services/router/cmd/bridgectl/internal/show"
 	"github.com/compute-bridge/compute-bridge/services/router/cmd/bridgectl/internal/spec"
 	"github.com/compute-bridge/compute-bridge/services/router/cmd/bridgectl/internal/state"
@@ -404,6 +406,9 @@ func (a *app) provision(ctx context.Context, w *wanted) error {
 	if err := store.Save(g); err != nil {
 		a.note(term.Busy, "warning: the receipt is not stored: %v", err)
 	}
+	if err := checkReceipt(g); err != nil {
+		return err
+	}
 	if a.json() {
 		text, err := marshal(res, "  ", w.showKey)
 		if err != nil {
@@ -423,6 +428,31 @@ func (a *app) provision(ctx context.Context, w *wanted) error {
 		}
 		_, err = a.Stdout.Write(key.Expose())
 		return err
+	}
+	return nil
+}
+
+// checkReceipt refuses a receipt that is not for this grant, or not for the key
+// that was sent with it.
+func checkReceipt(g state.Grant) error {
+	wrong := func(what string) error {
+		return fail(ExitOther, "the bridge answered with a receipt that is not this grant's (%s); bridgectl terminate %s ends the grant", what, show.ID(g.ID[:]))
+	}
+	r := g.Response.GetReceipt()
+	if !bytes.Equal(r.GetGrantId(), g.ID[:]) {
+		return wrong("grant id")
+	}
+	if id, err := backend.Handle(g.Response.GetInstance().GetHandle()).GrantID(); err != nil || id != g.ID {
+		return wrong("handle")
+	}
+	if _, err := login.FromReceipt(r); err != nil {
+		return wrong(err.Error())
+	}
+	if own := g.Request.GetEnvelope().GetSshPublicKey(); own != "" {
+		key, err := sshkey.ParsePublicKey(own)
+		if err != nil || r.GetRequesterKey().GetFingerprint() != key.Fingerprint() {
+			return wrong("login key")
+		}
 	}
 	return nil
 }
@@ -675,6 +705,22 @@ A grant that was terminated never runs again. It may be repeated.`,
 	}
 }
 
+// during calls progress from time to time until call returns.
+func during(progress func(), call func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- call() }()
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for {
+		progress()
+		select {
+		case err := <-done:
+			return err
+		case <-tick.C:
+		}
+	}
+}
+
 // terminateCall is how long one call may block before it is made again.
 const terminateCall = 30 * time.Second
 
@@ -683,13 +729,20 @@ func (a *app) terminate(ctx context.Context, service bridgev1.BackendServiceClie
 	defer live.Clear()
 	began := a.Now()
 	consequence := "if the bridge was reached, the grant is being ended all the same"
-	for try := 0; ; try++ {
+	text := "terminating"
+	progress := func() {
 		if !a.json() || a.verbose {
-			live.Show(term.Busy, "terminating", show.Span(a.Now().Sub(began).Truncate(time.Second)))
+			live.Show(term.Busy, text, show.Span(a.Now().Sub(began).Truncate(time.Second)))
 		}
-		call, cancel := context.WithTimeout(ctx, terminateCall)
-		res, err := service.Terminate(call, &bridgev1.TerminateRequest{Handle: handle})
-		cancel()
+	}
+	for try := 0; ; try++ {
+		var res *bridgev1.TerminateResponse
+		err := during(progress, func() (err error) {
+			call, cancel := context.WithTimeout(ctx, terminateCall)
+			defer cancel()
+			res, err = service.Terminate(call, &bridgev1.TerminateRequest{Handle: handle})
+			return err
+		})
 		switch {
 		case ctx.Err() != nil:
 			return interrupted(ctx, consequence)
@@ -700,7 +753,8 @@ func (a *app) terminate(ctx context.Context, service bridgev1.BackendServiceClie
 			if deadline, ok := ctx.Deadline(); ok && p >= time.Until(deadline) {
 				return rpc(err)
 			}
-			live.Show(term.Busy, message(backenderr.From(err))+"; trying again", show.Span(a.Now().Sub(began).Truncate(time.Second)))
+			text = message(backenderr.From(err)) + "; trying again"
+			progress()
 			if wait(ctx, p) != nil {
 				return interrupted(ctx, consequence)
 			}

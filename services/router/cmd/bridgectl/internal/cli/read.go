@@ -361,7 +361,10 @@ Interrupting the watch changes nothing for the grant.`,
 				if w.events > seen {
 					try = 0 // It had worked again.
 				}
-				a.note(term.Faint, "The watch broke (%s); taking it up again.", message(backenderr.From(err)))
+				if text := message(backenderr.From(err)); text != w.broke {
+					w.broke = text
+					a.note(term.Faint, "The watch broke (%s); taking it up again.", text)
+				}
 				if wait(ctx, pause(try, err)) != nil {
 					return interrupted(ctx, "the grant goes on")
 				}
@@ -384,6 +387,7 @@ type watcher struct {
 	handle  string
 	events  int
 	last    *bridgev1.Instance
+	broke   string
 }
 
 // once watches until the end, whose log it returns, or until the stream breaks.
@@ -403,6 +407,7 @@ func (w *watcher) once(ctx context.Context) (*bridgev1.SignedComputeLog, error) 
 			return nil, backenderr.New(backenderr.BackendUnreachable, "it ended without a compute log")
 		}
 		w.events++
+		w.broke = ""
 		if i := event.GetInstance(); i != nil {
 			if w.last != nil && proto.Equal(w.last, i) {
 				continue // The present state again, after taking the watch up.

@@ -16,14 +16,15 @@ import (
 	"github.com/compute-bridge/compute-bridge/services/router/cmd/bridgectl/internal/term"
 )
 
-// shortID is how many hex digits of a grant id are shown where space is dear.
-const shortID = 12
+// ShortID is how many hex digits of a grant id are shown where space is dear:
+// enough that no two grants of one bridge share them.
+const ShortID = 12
 
 // ID returns the beginning of a grant id, as every command takes it.
 func ID(id []byte) string {
 	text := hex.EncodeToString(id)
-	if len(text) > shortID {
-		return text[:shortID]
+	if len(text) > ShortID {
+		return text[:ShortID]
 	}
 	return text
 }
