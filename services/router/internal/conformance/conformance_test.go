@@ -37,7 +37,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // never takes anything.
 func TestAFleetHonoursTheContract(t *testing.T) {
 	backendtest.Run(t, backendtest.Harness{
-		Open: func(t testing.TB) *backendtest.Fixture { return openSite(t).fixture(t) },
+		Open: func(t testing.TB) *backendtest.Fixture {
+			t.Helper()
+			return openSite(t).fixture(t)
+		},
 		Skip: map[string]string{
 			"provision/the receipt's key logs in": "receipts pass a router unchanged; the suite logs in where they are made",
 			"errors/clean-up that isn't confirmed is unknown": "a router asks the same backend again, " +
@@ -136,7 +139,7 @@ func (s *site) start(t testing.TB) backend.Backend {
 		t.Fatal(err)
 	}
 	driver := backendfake.Open(s.provider, runtime.Env(), backendfake.DriverOptions{BootTimeout: time.Second, UsageInterval: usageInterval})
-	if err := runtime.Start(context.Background(), driver); err != nil {
+	if err := runtime.Start(context.WithoutCancel(t.Context()), driver); err != nil {
 		t.Fatal(err)
 	}
 	s.mu.Lock()
@@ -151,7 +154,7 @@ func (s *site) start(t testing.TB) backend.Backend {
 		}, {
 			Name: "fake", Backend: runtime, AnswerTimeout: 10 * time.Second,
 			Observe: func() fleet.Observation {
-				c, err := runtime.Capabilities(context.Background())
+				c, err := runtime.Capabilities(context.WithoutCancel(t.Context()))
 				if err != nil {
 					return fleet.Observation{LastError: err.Error()}
 				}
@@ -241,6 +244,7 @@ func (s *site) fixture(t testing.TB) *backendtest.Fixture {
 		},
 		ReadPoint: string(backendfake.OpList),
 		Reopen: func(t testing.TB) backend.Backend {
+			t.Helper()
 			s.stop()
 			return s.start(t)
 		},
@@ -278,7 +282,7 @@ func newSSHKey(t testing.TB) string {
 	}
 	var blob []byte
 	for _, part := range [][]byte{[]byte("ssh-ed25519"), public} {
-		blob = binary.BigEndian.AppendUint32(blob, uint32(len(part))) //nolint:gosec // A few bytes.
+		blob = binary.BigEndian.AppendUint32(blob, uint32(len(part)))
 		blob = append(blob, part...)
 	}
 	return "ssh-ed25519 " + base64.StdEncoding.EncodeToString(blob)

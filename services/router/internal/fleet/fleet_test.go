@@ -443,7 +443,7 @@ func TestAShortageIsRememberedForTheSameOrMoreInTheSamePlace(t *testing.T) {
 			{"just before three minutes are over", func(*backend.Grant) {}, 3*time.Minute - time.Nanosecond, "b"},
 			{"after three minutes", func(*backend.Grant) {}, time.Nanosecond, "a"},
 		} {
-			time.Sleep(c.wait)
+			<-time.After(c.wait)
 			if got := provision(byte(n+1), c.change); got != c.want {
 				t.Errorf("%s went to %s, want %s", c.what, got, c.want)
 			}

@@ -48,7 +48,7 @@ type rule struct {
 // else. Without fall-through no claim moves; the error is answered.
 //
 // docs/errors.md shows the same table to operators.
-var rules = map[backenderr.Reason]rule{ //nolint:gochecknoglobals // A constant table.
+var rules = map[backenderr.Reason]rule{
 	// The grant is wrong, or over, wherever it goes.
 	backenderr.GrantInvalid:  {answer, nothing},
 	backenderr.ImageMismatch: {answer, nothing},

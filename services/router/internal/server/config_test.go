@@ -71,8 +71,7 @@ func keys(t reflect.Type) []string {
 	if t.Kind() != reflect.Struct {
 		return nil
 	}
-	for i := range t.NumField() {
-		f := t.Field(i)
+	for f := range t.Fields() {
 		if tag := f.Tag.Get("toml"); tag != "" {
 			all = append(all, tag)
 		}

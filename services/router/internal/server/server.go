@@ -63,6 +63,11 @@ func Run(ctx context.Context, c Config, log *slog.Logger, listening func([]net.A
 	defer func() { failure = errors.Join(failure, store.Close()) }()
 
 	var backends []*workers.Worker
+	defer func() {
+		for _, w := range backends {
+			failure = errors.Join(failure, w.Close())
+		}
+	}()
 	var members []fleet.Member
 	var names []string
 	for i := range c.Backends {
@@ -70,7 +75,6 @@ func Run(ctx context.Context, c Config, log *slog.Logger, listening func([]net.A
 		if err != nil {
 			return err
 		}
-		defer w.Close()
 		backends, members, names = append(backends, w), append(members, w.Member()), append(names, w.Name())
 	}
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -52,7 +53,7 @@ func newSite(t *testing.T) *site {
 // process runs until stop is called, or the test ends.
 func process(t *testing.T, run func(context.Context) error) (stop func()) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() { done <- run(ctx) }()
 	stop = sync.OnceFunc(func() {
@@ -106,12 +107,12 @@ func (s *site) machine(t *testing.T, name string, grants int64) *machine {
 func (m *machine) start(t *testing.T) (stop func()) {
 	t.Helper()
 	ready := make(chan struct{})
-	stop = process(t, func(ctx context.Context) error {
+	stop = process(t, func(ctx context.Context) (failure error) {
 		store, err := ledger.Open(ctx, ledger.Config{Path: m.ledger})
 		if err != nil {
 			return err
 		}
-		defer store.Close()
+		defer func() { failure = errors.Join(failure, store.Close()) }()
 		log, metrics := slog.New(slog.DiscardHandler), prometheus.NewRegistry()
 		runtime, err := worker.NewRuntime(worker.RuntimeConfig{
 			BridgeID: "test", Backend: m.name, Ledger: store, Secret: m.secret, Log: log, Metrics: metrics,

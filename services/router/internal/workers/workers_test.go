@@ -68,7 +68,7 @@ func (r *remote) start(t *testing.T) (stop func()) {
 	r.mu.Lock()
 	r.server = server
 	r.mu.Unlock()
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	done := make(chan error, 1)
 	go func() { done <- server.Run(ctx, 0) }()
 	stop = sync.OnceFunc(func() {
@@ -169,7 +169,7 @@ func dial(t *testing.T, c workers.Config) *workers.Worker {
 // first reading.
 func watch(t *testing.T, w *workers.Worker) <-chan struct{} {
 	t.Helper()
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	ready, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
