@@ -5,9 +5,13 @@
 // A backend's tests call [Run] with a [Harness] that opens a [Fixture]: a fresh
 // provider with a backend on it, and handles by which the suite looks behind
 // the backend, makes workloads end, makes the provider fail and restarts the
-// worker. Every case runs twice, in process and over gRPC. What can't apply to
-// a backend is excepted by name and with a reason; nothing is left out
-// silently.
+// worker. Cases run in process and again over gRPC; only those that are about
+// the provider's side alone run once. What can't apply to a backend is excepted
+// by name and with a reason; nothing is left out silently.
+//
+// A worker that is a process of its own takes part by a Backend that is a gRPC
+// client of it and that picks its connection, and so its certificate, by the
+// caller in the context.
 //
 // Some things hold in every case and are checked all the time: errors are
 // classified, their reasons are those of the method, what they say about what

@@ -17,6 +17,9 @@ type Harness struct {
 	// Skip maps the name of a case to the reason why it can't apply. An empty
 	// reason, or a name that isn't a case's, fails.
 	Skip map[string]string
+	// DirectOnly leaves out the runs over gRPC, for a backend that is slow and
+	// whose runtime goes over gRPC elsewhere, or that is behind gRPC already.
+	DirectOnly bool
 }
 
 // Fixture is a backend on a fresh provider, with handles on both. Fields that
@@ -24,7 +27,7 @@ type Harness struct {
 // excepted in [Harness.Skip].
 type Fixture struct {
 	// Backend is what is held to the contract. It must take the caller from
-	// backend.CallerFrom.
+	// backend.CallerFrom: the suite plays several clients and an operator.
 	Backend backend.Backend
 
 	// Satisfiable returns a new grant that the idle backend must accept, with

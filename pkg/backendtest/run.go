@@ -44,7 +44,11 @@ func Run(t *testing.T, h Harness) {
 	for _, problem := range checkSkip(all, h.Skip) {
 		t.Error(problem)
 	}
-	for _, m := range []mode{direct, grpc} {
+	modes := []mode{direct, grpc}
+	if h.DirectOnly {
+		modes = modes[:1]
+	}
+	for _, m := range modes {
 		t.Run(string(m), func(t *testing.T) {
 			for _, c := range all {
 				if reason, ok := h.Skip[c.name]; ok {
