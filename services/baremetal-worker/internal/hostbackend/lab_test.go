@@ -31,30 +31,35 @@ import (
 	"github.com/compute-bridge/compute-bridge/test/lab/ociimage"
 )
 
-// guestBinary is the guest, built once per test run and kept in memory: nothing
-// outlives the tests.
-var guestBinary = sync.OnceValues(func() ([]byte, error) {
-	dir, err := os.MkdirTemp("", "guest-")
+// guestBinary is the guest, and udpEcho a server for tests; built once per test
+// run and kept in memory, so that nothing outlives the tests.
+var (
+	guestBinary = sync.OnceValues(func() ([]byte, error) { return build("../../../guest") })
+	udpEcho     = sync.OnceValues(func() ([]byte, error) { return build("testdata/udpecho") })
+)
+
+func build(source string) ([]byte, error) {
+	dir, err := os.MkdirTemp("", "hostbackend-")
 	if err != nil {
 		return nil, err
 	}
 	defer os.RemoveAll(dir) //nolint:errcheck // a temporary directory
-	file := filepath.Join(dir, "guest")
+	file := filepath.Join(dir, "program")
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags=-s -w", "-o", file, ".")
-	cmd.Dir = "../../../guest"
+	cmd.Dir = source
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, &buildError{out, err}
 	}
 	return os.ReadFile(file)
-})
+}
 
 type buildError struct {
 	out []byte
 	err error
 }
 
-func (e *buildError) Error() string { return "build guest: " + e.err.Error() + "\n" + string(e.out) }
+func (e *buildError) Error() string { return "build: " + e.err.Error() + "\n" + string(e.out) }
 
 // site is a bridge's worker, in process, on lab hosts.
 type site struct {
@@ -363,6 +368,12 @@ func grant(image backend.Image, key login) (backend.Grant, backend.Envelope) {
 // run runs a command in an instance, with its host key pinned.
 func run(t testing.TB, p backend.Provisioned, key login, command string) (string, error) {
 	t.Helper()
+	return runWith(t, p, key, command, nil)
+}
+
+// runWith runs a command with a standard input.
+func runWith(t testing.TB, p backend.Provisioned, key login, command string, stdin []byte) (string, error) {
+	t.Helper()
 	want, _, _, _, err := ssh.ParseAuthorizedKey([]byte(p.Receipt.HostKey))
 	if err != nil {
 		t.Fatal(err)
@@ -379,6 +390,7 @@ func run(t testing.TB, p backend.Provisioned, key login, command string) (string
 		return "", err
 	}
 	defer session.Close()
+	session.Stdin = bytes.NewReader(stdin)
 	out, err := session.CombinedOutput(command)
 	return string(out), err
 }
