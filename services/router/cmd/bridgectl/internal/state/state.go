@@ -194,7 +194,7 @@ func (s Store) Load(id backend.GrantID) (Grant, error) {
 // Remove forgets a grant.
 func (s Store) Remove(id backend.GrantID) error {
 	var errs []error
-	for _, extension := range []string{".json", ".known_hosts"} {
+	for _, extension := range []string{".json", ".known_hosts", ".pub"} {
 		if err := os.Remove(s.Path(id, extension)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			errs = append(errs, err)
 		}
