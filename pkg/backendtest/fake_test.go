@@ -161,7 +161,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 			return g, backend.Envelope{SSHPublicKey: line, PostHash: g.PostHash}
 		},
 		Capacity:     4,
-		ShortestLife: 800 * time.Millisecond,
+		ShortestLife: 500 * time.Millisecond,
 		Leftovers: func(context.Context) ([]Leftover, error) {
 			var out []Leftover
 			for _, name := range f.provider.Names() {
@@ -256,7 +256,7 @@ func (f *fake) start(t testing.TB) backend.Backend {
 		t.Fatal(err)
 	}
 	driver := backendfake.Open(f.provider, runtime.Env(), backendfake.DriverOptions{
-		BootTimeout: time.Second, UsageInterval: usageInterval, Bugs: f.broken.bugs,
+		BootTimeout: 2 * time.Second, UsageInterval: usageInterval, Bugs: f.broken.bugs,
 	})
 	if err := runtime.Start(context.Background(), driver); err != nil {
 		t.Fatal(err)

@@ -39,7 +39,7 @@ type Fixture struct {
 	// Capacity is how many satisfiable grants fit at once, at least 2.
 	Capacity int
 	// ShortestLife is the shortest time until a deadline that the backend
-	// accepts and that leaves time to provision.
+	// accepts and that, on an idle machine, leaves time to provision.
 	ShortestLife time.Duration
 
 	// Patience is how long to wait for what should happen at once; 0 means
