@@ -295,10 +295,15 @@ func (s *site) store(digest string, data []byte) backend.Image {
 	return backend.Image{Digest: d, Kind: backend.ImageOCIArchive}
 }
 
+// callTimeout is far more than a call takes on a busy machine.
+const callTimeout = 45 * time.Second
+
 // provision makes a grant's instance.
 func (s *site) provision(t testing.TB, g backend.Grant, e backend.Envelope) backend.Provisioned {
 	t.Helper()
-	p, err := s.runtime.Provision(caller(t.Context()), g, e)
+	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
+	defer cancel()
+	p, err := s.runtime.Provision(caller(ctx), g, e)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -308,7 +313,9 @@ func (s *site) provision(t testing.TB, g backend.Grant, e backend.Envelope) back
 // terminate ends a grant and returns its final log.
 func (s *site) terminate(t testing.TB, p backend.Provisioned) backend.ComputeLog {
 	t.Helper()
-	end, err := s.runtime.Terminate(caller(t.Context()), p.Instance.Handle)
+	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
+	defer cancel()
+	end, err := s.runtime.Terminate(caller(ctx), p.Instance.Handle)
 	if err != nil {
 		t.Fatal(err)
 	}
