@@ -207,7 +207,7 @@ lab-up: prerequisites build ## Start N (1) lab hosts: Debian with systemd, sshd 
 
 .PHONY: lab-shell
 lab-shell: ## Log in to a lab host (HOST=name; the first one without)
-	bin/lab shell $(HOST)
+	@bin/lab ssh $(HOST)
 
 .PHONY: lab-down
 lab-down: ## Destroy the lab hosts
