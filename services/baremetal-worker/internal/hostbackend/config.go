@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -105,6 +106,14 @@ const (
 	defaultMaxImageMiB    = 64 << 10
 )
 
+var (
+	// hostName is a name, or an address of either family.
+	hostName = regexp.MustCompile(`^[A-Za-z0-9:]([A-Za-z0-9.:-]{0,252}[A-Za-z0-9:])?$`)
+	userName = regexp.MustCompile(`^[a-z_][a-z0-9_-]{0,31}$`)
+	// zoneName is within firewalld's own limit.
+	zoneName = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9_/-]{0,16}$`)
+)
+
 // SetDefaults implements config.Defaulter.
 func (c *Config) SetDefaults() {
 	if program, err := os.Executable(); err == nil {
@@ -152,6 +161,11 @@ func (c Config) Validate() error {
 	}
 	if c.StopGrace.Duration < time.Second || c.StopGrace.Duration > maxStopGrace {
 		p.Add("backend.stop_grace", "%s is not between 1s and %s", c.StopGrace.Duration, maxStopGrace)
+	}
+	for key, value := range map[string]time.Duration{"connect_timeout": c.ConnectTimeout.Duration, "ready_timeout": c.ReadyTimeout.Duration} {
+		if value <= 0 {
+			p.Add("backend."+key, "%s; must be positive", value)
+		}
 	}
 	pool, err := netip.ParsePrefix(c.SubnetPool)
 	switch {
@@ -210,8 +224,17 @@ func (h HostConfig) validate(p *config.Problems, i int, seen map[string]string) 
 		}
 		seen[what+value] = fmt.Sprintf("host %d", i)
 	}
-	if _, _, err := net.SplitHostPort(h.Address); err != nil {
+	if host, port, err := net.SplitHostPort(h.Address); err != nil || !hostName.MatchString(host) || !isPort(port) {
 		add("address", "%q: want host:port", h.Address)
+	}
+	if h.PublicHost != "" && !hostName.MatchString(h.PublicHost) {
+		add("public_host", "%q is neither a name nor an address", h.PublicHost)
+	}
+	if !userName.MatchString(h.User) {
+		add("user", "%q: want [a-z_][a-z0-9_-]*, at most 32 bytes", h.User)
+	}
+	if h.FirewalldZone != "" && !zoneName.MatchString(h.FirewalldZone) {
+		add("firewalld_zone", "%q: want [a-zA-Z0-9_/-], at most 17 bytes", h.FirewalldZone)
 	}
 	if h.KeyFile.Path() == "" {
 		add("key_file", "missing")
@@ -243,6 +266,11 @@ func (h HostConfig) validate(p *config.Problems, i int, seen map[string]string) 
 	if _, _, err := h.ports(); err != nil {
 		add("ports", "%v", err)
 	}
+}
+
+func isPort(s string) bool {
+	n, err := strconv.ParseUint(s, 10, 16)
+	return err == nil && n > 0
 }
 
 // ports reads the port range.
