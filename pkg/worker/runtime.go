@@ -157,9 +157,8 @@ func (r *Runtime) Start(ctx context.Context, driver Driver) error {
 }
 
 // Close stops every goroutine of the runtime and waits for them. Instances keep
-// running; the next process takes them up. A Provision under way is cut off
-// without being undone: its attempt stays open in the ledger, and a retry
-// adopts what it made.
+// running; the next process takes them up. A Provision under way fails, and its
+// driver undoes it, which may take as long as a driver's clean-up may.
 func (r *Runtime) Close() {
 	r.mu.Lock()
 	r.stop() // under mu: no keeper starts after this
@@ -349,7 +348,7 @@ func (r *Runtime) claimed(ctx context.Context, caller backend.Caller, grant back
 		LoginPublicKey: login.public,
 	})
 	if err != nil {
-		return ledger.Claim{}, beforeAll(ledgerError(err, "claim grant"))
+		return ledger.Claim{}, ledgerError(err, "claim grant")
 	}
 	if !created {
 		return stored, sameGrant(stored, caller, record)
@@ -556,6 +555,13 @@ func (r *Runtime) Terminate(ctx context.Context, handle backend.Handle) (backend
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-answerMargin))
 		defer cancel()
+	}
+	// A Provision may have claimed the grant before the closure was written. It
+	// has a keeper then, which must end before anything is torn down.
+	if claim == nil {
+		if claim, err = r.ownedClaim(ctx, handle); err != nil {
+			return backend.Termination{}, err
+		}
 	}
 	if claim == nil {
 		// Never seen: there is nothing to log, but the provider must say so.
