@@ -98,7 +98,7 @@ func (t TLSConfig) Validate(key string) error {
 	}
 	if len(errs) == 0 {
 		if _, err := loadFiles(t); err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", key, err))
+			errs = append(errs, fmt.Errorf("%s.%w", key, err))
 		}
 	}
 	return errors.Join(errs...)

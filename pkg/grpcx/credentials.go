@@ -33,15 +33,15 @@ type files struct {
 func loadFiles(c TLSConfig) (*files, error) {
 	certificate, err := tls.LoadX509KeyPair(string(c.CertFile), string(c.KeyFile))
 	if err != nil {
-		return nil, fmt.Errorf("certificate and key: %w", err)
+		return nil, fmt.Errorf("cert_file %s, key_file %s: %w", c.CertFile, c.KeyFile, err)
 	}
 	pem, err := os.ReadFile(string(c.CAFile))
 	if err != nil {
-		return nil, fmt.Errorf("certificate authorities: %w", err)
+		return nil, fmt.Errorf("ca_file: %w", err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("certificate authorities: no PEM certificate in %s", c.CAFile)
+		return nil, fmt.Errorf("ca_file: no PEM certificate in %s", c.CAFile)
 	}
 	return &files{certificate: certificate, authorities: pool}, nil
 }

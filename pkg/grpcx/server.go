@@ -71,17 +71,17 @@ func NewServer(c ServerConfig, log *slog.Logger, metrics prometheus.Registerer) 
 			_ = l.Close() // the error that is being returned matters more
 		}
 	}
-	for _, lc := range c.Listen {
+	for i, lc := range c.Listen {
 		if UnixPath(lc.Address) == "" && !lc.Insecure && creds.tls == nil {
 			if creds.tls, err = newReloader(c.TLS); err != nil {
 				closeAll()
-				return nil, fmt.Errorf("tls: %w", err)
+				return nil, fmt.Errorf("tls.%w", err)
 			}
 		}
 		l, err := listen(lc)
 		if err != nil {
 			closeAll()
-			return nil, err
+			return nil, fmt.Errorf("listen[%d].address: %w", i, err)
 		}
 		listeners = append(listeners, l)
 	}
