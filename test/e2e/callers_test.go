@@ -180,7 +180,12 @@ func TestCallersAreRefused(t *testing.T) {
 	for _, args := range [][]string{{"certs", "init", "forged"}, {"certs", "issue", "forged", market}} {
 		b.ok(market, args...)
 	}
-	b.refused(market, 6, nil, "--cert", "forged/market/cert.pem", "--key", "forged/market/key.pem", "--ca", "certs/ca.pem", "card")
+	forged := b.bridgectl(market, "--cert", "forged/market/cert.pem", "--key", "forged/market/key.pem", "--ca", "certs/ca.pem", "card")
+	if forged.code != 5 && forged.code != 6 {
+		// In TLS 1.3 the server judges when the client's handshake is done: the
+		// client may see no more than a connection that was closed.
+		t.Errorf("a certificate of another authority: %s", forged.all())
+	}
 	// A server of another authority than the caller believes.
 	b.refused(market, 6, nil, "--ca", "forged/ca.pem", "card")
 
@@ -199,7 +204,7 @@ func TestCallersAreRefused(t *testing.T) {
 	// Roles.
 	b.ok(reader, "card")
 	b.refused(reader, 6, []string{"CALLER_DENIED", "reader"}, b.grantArgs(own()...)...)
-	b.refused(operator, 1, []string{"OperatorService"}, "sweep") // The router has none.
+	b.refused(operator, 1, []string{"UNIMPLEMENTED", "worker"}, "sweep") // The router has none.
 	b.ok(operator, "--target", worker, "sweep", "--dry-run")
 	b.refused("router", 6, []string{"CALLER_DENIED"}, "--target", worker, "drain")
 
