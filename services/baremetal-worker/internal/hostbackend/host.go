@@ -375,6 +375,7 @@ func (h *host) missingPrograms(ctx context.Context) ([]string, error) {
 		{umountProgram, "package mount"},
 		{truncateProgram, "package coreutils"},
 		{rmProgram, "package coreutils"},
+		{ipProgram, "package iproute2"},
 		{"/dev/loop-control", "kernel's loop devices, for the grants' disks"},
 	} {
 		switch exists, err := h.fs.Exists(ctx, p.path); {

@@ -21,6 +21,7 @@ const (
 	mountProgram    = "/usr/bin/mount"
 	umountProgram   = "/usr/bin/umount"
 	rmProgram       = "/usr/bin/rm"
+	ipProgram       = "/usr/sbin/ip"
 )
 
 // tasksMax bounds processes and threads of a grant: far above what services
@@ -115,11 +116,12 @@ func (w workload) unit() (systemd.Unit, error) {
 		Name: w.names.stem(), Interface: w.names.networkInterface(), Labels: w.labels(), Isolate: true, Subnet: w.subnet,
 	})
 	stop, errStop := podman.StopArgs(w.engine(), w.names.stem(), grace)
+	remove, errRemove := podman.RemoveArgs(w.engine(), w.names.stem())
 	grant, errGrant := w.firewallGrant()
 	ensure, errEnsure := firewall.EnsureArgs(w.firewallScript)
 	open, errOpen := firewall.OpenArgs(w.table, grant, w.lifetime+time.Minute)
 	cleanup, errCleanup := w.cleanup()
-	if err := errors.Join(errRun, errNetwork, errStop, errGrant, errEnsure, errOpen, errCleanup); err != nil {
+	if err := errors.Join(errRun, errNetwork, errStop, errRemove, errGrant, errEnsure, errOpen, errCleanup); err != nil {
 		return systemd.Unit{}, err
 	}
 
@@ -166,8 +168,11 @@ func (w workload) unit() (systemd.Unit, error) {
 		ConditionPathExists: []string{w.dir + "/" + guestapi.ConfigFileName, "!" + w.dir + "/" + guestapi.EndedFileName},
 		ExecStartPre:        start,
 		ExecStart:           []systemd.Exec{{Args: run}},
-		ExecStop:            []systemd.Exec{{Args: stop, IgnoreFailure: true}},
-		ExecStopPost:        append([]systemd.Exec{{Args: spool, IgnoreFailure: true}}, cleanup...),
+		// conmon has podman clean up after the container, in the unit's cgroup.
+		// The removal waits for that: systemd would kill it in the middle, and
+		// the network's rules and interface would stay.
+		ExecStop:     []systemd.Exec{{Args: stop, IgnoreFailure: true}, {Args: remove, IgnoreFailure: true}},
+		ExecStopPost: append([]systemd.Exec{{Args: spool, IgnoreFailure: true}}, cleanup...),
 	}, nil
 }
 
@@ -182,7 +187,11 @@ func (w workload) cleanup() ([]systemd.Exec, error) {
 	if err := errors.Join(errRemove, errNetwork, errGrant, errClose); err != nil {
 		return nil, err
 	}
-	commands := [][]string{remove, network, closing}
+	commands := [][]string{
+		remove, network, closing,
+		// What a podman that was killed has forgotten.
+		{ipProgram, "link", "delete", "dev", w.names.networkInterface()},
+	}
 	if w.firewalld {
 		for _, port := range grant.Ports {
 			args, err := firewall.FirewalldRemoveArgs(w.zone, port)
