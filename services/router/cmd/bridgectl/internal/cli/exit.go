@@ -123,11 +123,12 @@ func rpc(err error) error {
 func reason(err error) backenderr.Reason { return backenderr.From(err).Reason }
 
 // tlsFailure reports whether the way to the server fails for a reason that time
-// doesn't heal. gRPC tells it by words only.
+// doesn't heal. gRPC tells it by words only. A handshake that was cut short (the
+// server just ended, say) is no such failure.
 func tlsFailure(err error) bool {
 	text := err.Error()
 	return backenderr.Is(err, backenderr.BackendUnreachable) &&
-		(strings.Contains(text, "authentication handshake failed") || strings.Contains(text, "tls: "))
+		(strings.Contains(text, "tls: ") || strings.Contains(text, "x509: "))
 }
 
 // ambiguous reports whether the very same request should be sent again: it may

@@ -103,6 +103,7 @@ func TestLocalErrorsHaveTheirExitCode(t *testing.T) {
 		{exitStatusError(42), 42},
 		{rpc(context.DeadlineExceeded), 5},
 		{rpc(status.Error(codes.Unavailable, `connection error: desc = "transport: authentication handshake failed: tls: x"`)), 6},
+		{rpc(status.Error(codes.Unavailable, `connection error: desc = "transport: authentication handshake failed: write: connection reset by peer"`)), 5},
 		{rpc(status.Error(codes.PermissionDenied, "a proxy says no")), 1},
 	} {
 		if got := code(c.err); got != c.want {
