@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"bytes"
 	"context"
 	"slices"
 	"strings"
@@ -37,7 +38,7 @@ func (s *inventoryServer) ListInstances(ctx context.Context, req *bridgev1.ListI
 	slices.SortFunc(instances, func(a, b backend.Instance) int { return strings.Compare(a.GrantID.String(), b.GrantID.String()) })
 	res := &bridgev1.ListInstancesResponse{}
 	for _, i := range instances {
-		if want := req.GetRequestId(); len(want) > 0 && string(want) != string(i.GrantID[:]) {
+		if want := req.GetRequestId(); len(want) > 0 && !bytes.Equal(want, i.GrantID[:]) {
 			continue
 		}
 		res.Instances = append(res.Instances, backendgrpc.InstanceToProto(i))

@@ -3,7 +3,6 @@ package worker
 import (
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"google.golang.org/protobuf/proto"
@@ -90,7 +89,7 @@ func attemptOf(a ledger.Attempt) Attempt {
 // SaveLog implements [Journal].
 func (j *journal) SaveLog(ctx context.Context, log backend.ComputeLog) error {
 	log.Final = false
-	sequence := uint64(max(1, j.now().UnixMicro())) //nolint:gosec // positive
+	sequence := uint64(max(1, j.now().UnixMicro()))
 	log.Sequence = 1
 	signed, err := j.signer.sign(log)
 	if err != nil {
@@ -145,8 +144,7 @@ func unmarshalSigned(body []byte) (*backend.SignedLog, error) {
 }
 
 // ledgerError classifies an error of the ledger, nil to nil.
-func ledgerError(err error, format string, args ...any) error {
-	what := fmt.Sprintf(format, args...)
+func ledgerError(err error, what string) error {
 	switch {
 	case err == nil:
 		return nil

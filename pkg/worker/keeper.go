@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -476,8 +477,9 @@ func (k *keeper) writeFinal(ctx context.Context, last *backend.ComputeLog, exit 
 	ran := s.ready != nil || last != nil
 	log := k.logFrom(s.instance)
 	if last != nil {
-		log.InstanceID, log.Region, log.Attempt, log.Shape = last.InstanceID, last.Region, last.Attempt, last.Shape
-		log.StartedAt, log.EndedAt = last.StartedAt, last.EndedAt
+		log.InstanceID, log.Region = cmp.Or(last.InstanceID, log.InstanceID), cmp.Or(last.Region, log.Region)
+		log.Attempt, log.Shape = cmp.Or(last.Attempt, log.Attempt), cmp.Or(last.Shape, log.Shape)
+		log.StartedAt, log.EndedAt = cmp.Or(last.StartedAt, log.StartedAt), last.EndedAt
 		log.Exit, log.Usage, log.Partial = last.Exit, last.Usage, last.Partial
 	}
 	if log.Exit.Reason == 0 {
