@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -207,7 +208,7 @@ func (e *Error) WithMetadata(key, value string) *Error {
 
 // WithConsole adds the end of a console's text.
 func (e *Error) WithConsole(text string) *Error {
-	text = strings.ToValidUTF8(strings.TrimSpace(text), "\uFFFD")
+	text = utf8Text(strings.TrimSpace(text))
 	if len(text) > MaxConsoleTail {
 		text = strings.ToValidUTF8(text[len(text)-MaxConsoleTail:], "")
 	}
@@ -235,28 +236,31 @@ func (e *Error) Unwrap() error { return e.cause }
 func (e *Error) GRPCStatus() *status.Status { return e.status(e.Error()) }
 
 func (e *Error) status(message string) *status.Status {
-	metadata := maps.Clone(e.Metadata)
-	if metadata == nil {
-		metadata = map[string]string{}
+	// A string that is not UTF-8 would cost the status all its details.
+	metadata := make(map[string]string, len(e.Metadata)+1)
+	for key, value := range e.Metadata {
+		metadata[utf8Text(key)] = utf8Text(value)
 	}
 	metadata[metaCreated] = string(e.created())
-	details := []protoadapt.MessageV1{protoadapt.MessageV1Of(&errdetails.ErrorInfo{Reason: string(e.Reason), Domain: Domain, Metadata: metadata})}
+	details := []protoadapt.MessageV1{protoadapt.MessageV1Of(&errdetails.ErrorInfo{Reason: utf8Text(string(e.Reason)), Domain: Domain, Metadata: metadata})}
 	if e.RetryAfter > 0 {
 		details = append(details, protoadapt.MessageV1Of(&errdetails.RetryInfo{RetryDelay: durationpb.New(e.RetryAfter)}))
 	}
 	if len(e.Violations) > 0 {
 		bad := &errdetails.BadRequest{}
 		for _, v := range e.Violations {
-			bad.FieldViolations = append(bad.FieldViolations, &errdetails.BadRequest_FieldViolation{Field: v.Field, Description: v.Description})
+			bad.FieldViolations = append(bad.FieldViolations, &errdetails.BadRequest_FieldViolation{Field: utf8Text(v.Field), Description: utf8Text(v.Description)})
 		}
 		details = append(details, protoadapt.MessageV1Of(bad))
 	}
-	st := status.New(e.Reason.Code(), strings.ToValidUTF8(message, "\uFFFD"))
+	st := status.New(e.Reason.Code(), utf8Text(message))
 	if with, err := st.WithDetails(details...); err == nil {
 		return with
 	}
 	return st
 }
+
+func utf8Text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
 func (e *Error) created() Created {
 	if e.Created == CreatedNone {
@@ -286,6 +290,9 @@ func From(err error) *Error {
 	}
 	var own *Error
 	if errors.As(err, &own) {
+		if own == nil {
+			return New(Unknown, "%s", err)
+		}
 		return own
 	}
 	if st, ok := statusOf(err); ok {
@@ -373,13 +380,7 @@ func CreatedOf(err error) Created { return From(err).created() }
 
 // Is reports whether err has one of the reasons.
 func Is(err error, reasons ...Reason) bool {
-	got := ReasonOf(err)
-	for _, r := range reasons {
-		if got == r {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(reasons, ReasonOf(err))
 }
 
 // Retryable reports whether the same call, unchanged, may succeed later
