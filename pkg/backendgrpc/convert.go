@@ -231,7 +231,10 @@ func ReceiptToProto(r backend.Receipt) *bridgev1.Receipt {
 		p.LoginKey = &bridgev1.Receipt_RequesterKey{RequesterKey: &bridgev1.RequesterKey{Fingerprint: r.RequesterKey}}
 	}
 	if r.Evidence != nil {
-		p.Evidence = &bridgev1.Evidence{Quote: r.Evidence.Quote, EventLog: r.Evidence.EventLog, ConfigDocument: r.Evidence.ConfigDocument, Collateral: r.Evidence.Collateral}
+		p.Evidence = &bridgev1.Evidence{
+			Quote: nonEmpty(r.Evidence.Quote), EventLog: nonEmpty(r.Evidence.EventLog),
+			ConfigDocument: nonEmpty(r.Evidence.ConfigDocument), Collateral: nonEmpty(r.Evidence.Collateral),
+		}
 	}
 	return p
 }
