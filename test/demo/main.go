@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -104,8 +105,7 @@ func (d *demo) clean() error {
 	ctx, cancel := context.WithTimeout(context.Background(), cleanLimit)
 	defer cancel()
 	var errs []error
-	for i := len(d.processes) - 1; i >= 0; i-- {
-		p := d.processes[i]
+	for _, p := range slices.Backward(d.processes) {
 		if code, err := p.Stop(ctx); err != nil {
 			errs = append(errs, err, p.Kill())
 		} else if code > 0 {

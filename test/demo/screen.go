@@ -18,7 +18,7 @@ type screen struct {
 }
 
 func newScreen(f *os.File) *screen {
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS) //nolint:gosec // A descriptor is small.
+	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
 	return &screen{w: f, color: err == nil && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"}
 }
 

@@ -70,7 +70,7 @@ func (d *demo) startHost(ctx context.Context) error {
 	if d.host, err = l.StartHost(ctx, lab.HostOptions{}); err != nil {
 		return err
 	}
-	if err := d.run(ctx, market, "lab", "-lab", l.Name(), "status"); err != nil {
+	if err := d.run(ctx, "lab", "-lab", l.Name(), "status"); err != nil {
 		return err
 	}
 	d.good("%s booted in %.1f s", d.host.Name, d.host.BootTime.Seconds())
@@ -81,14 +81,16 @@ func (d *demo) startHost(ctx context.Context) error {
 // worker.
 func (d *demo) startBridge(ctx context.Context) error {
 	d.step("The bridge: a bare-metal worker and a router, with mutual TLS")
-	environment := "cd " + d.site.Dir + "\n"
+	var b strings.Builder
+	fmt.Fprintf(&b, "cd %s\n", d.site.Dir)
 	for _, line := range d.site.Environment(market) {
 		name, value, _ := strings.Cut(line, "=")
 		if name == "PATH" {
 			value = d.bin + ":$PATH"
 		}
-		environment += "export " + name + "=" + value + "\n"
+		fmt.Fprintf(&b, "export %s=%s\n", name, value)
 	}
+	environment := b.String()
 	if err := os.WriteFile(d.site.Path("env"), []byte(environment), 0o600); err != nil {
 		return err
 	}
@@ -101,8 +103,11 @@ func (d *demo) startBridge(ctx context.Context) error {
 		[2]string{"router", "router"}, [2]string{"baremetal", "reader"}, [2]string{market, "client"}, [2]string{operator, "operator"},
 	) {
 		// The first two say all; the rest says it again.
-		quiet := args[1] == "issue" && args[3] != "router"
-		if err := d.runAs(ctx, market, quiet, "bridgectl", args...); err != nil {
+		w := d.output()
+		if args[1] == "issue" && args[3] != "router" {
+			w = io.Discard
+		}
+		if _, err := d.execute(ctx, w, "bridgectl", args...); err != nil {
 			return err
 		}
 	}
@@ -133,7 +138,7 @@ func (d *demo) startBridge(ctx context.Context) error {
 	if err := d.waitForBackend(ctx, "BACKEND_HEALTH_SERVING"); err != nil {
 		return err
 	}
-	card, err := d.outputOf(ctx, market, "bridgectl", "card")
+	card, err := d.outputOf(ctx, "bridgectl", "card")
 	if err != nil {
 		return err
 	}
@@ -157,17 +162,17 @@ func (d *demo) startWorker(ctx context.Context) error {
 func (d *demo) addImage(ctx context.Context) error {
 	d.step("An image and a requester")
 	d.text("An OCI image goes into the operator's image store, under the SHA-256 of its archive.")
-	if err := d.run(ctx, market, "mkdir", "-p", "images/sha256"); err != nil {
+	if err := d.run(ctx, "mkdir", "-p", "images/sha256"); err != nil {
 		return err
 	}
-	if err := d.run(ctx, market, "lab", "image", string(ociimage.Shell), "-o", "image.tar"); err != nil {
+	if err := d.run(ctx, "lab", "image", string(ociimage.Shell), "-o", "image.tar"); err != nil {
 		return err
 	}
-	if err := d.run(ctx, market, "sh", "-c", `mv image.tar "images/sha256/$(sha256sum image.tar | cut -d' ' -f1)" && ls -s --human images/sha256`); err != nil {
+	if err := d.run(ctx, "sh", "-c", `mv image.tar "images/sha256/$(sha256sum image.tar | cut -d' ' -f1)" && ls -s --human images/sha256`); err != nil {
 		return err
 	}
 	d.text("\nThe requester's own key; the bridge sees its public half only.")
-	return d.run(ctx, market, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "requester", "-f", "requester")
+	return d.run(ctx, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "requester", "-f", "requester")
 }
 
 // provision sends a grant through the router and returns its id.
@@ -178,7 +183,7 @@ func (d *demo) provision(ctx context.Context, args ...string) (string, error) {
 	}
 	args = append([]string{"provision", "--image-digest", "sha256:" + images[0].Name(), "--cpu", "500m", "--ram", "256Mi", "--disk", "1Gi", "--ssh-key", "requester.pub"}, args...)
 	start := time.Now()
-	out, err := d.outputOf(ctx, market, "bridgectl", args...)
+	out, err := d.outputOf(ctx, "bridgectl", args...)
 	if err != nil {
 		return "", err
 	}
@@ -192,7 +197,7 @@ func (d *demo) provision(ctx context.Context, args ...string) (string, error) {
 
 // logIn runs a command in a grant's container with the stock client.
 func (d *demo) logIn(ctx context.Context, grant, command string) (string, error) {
-	if err := d.run(ctx, market, "sh", "-c", "bridgectl ssh-config "+grant+" > ssh_config"); err != nil {
+	if err := d.run(ctx, "sh", "-c", "bridgectl ssh-config "+grant+" > ssh_config"); err != nil {
 		return "", err
 	}
 	config, err := os.ReadFile(d.site.Path("ssh_config"))
@@ -200,7 +205,7 @@ func (d *demo) logIn(ctx context.Context, grant, command string) (string, error)
 		return "", err
 	}
 	alias, _, _ := strings.Cut(strings.TrimPrefix(string(config), "Host "), "\n")
-	return d.outputOf(ctx, market, "ssh", "-F", "ssh_config", alias, command)
+	return d.outputOf(ctx, "ssh", "-F", "ssh_config", alias, command)
 }
 
 // firstGrant makes an instance, logs in and lists it.
@@ -218,7 +223,7 @@ func (d *demo) firstGrant(ctx context.Context) (string, error) {
 	if err := d.expect(out, "the command ran in the container", "uid=", "hello from a container"); err != nil {
 		return "", err
 	}
-	out, err = d.outputOf(ctx, market, "bridgectl", "list")
+	out, err = d.outputOf(ctx, "bridgectl", "list")
 	if err != nil {
 		return "", err
 	}
@@ -231,10 +236,10 @@ func (d *demo) firstGrant(ctx context.Context) (string, error) {
 // end ends a grant and shows what it used.
 func (d *demo) end(ctx context.Context, grant string) error {
 	d.step("The grant ends: usage and compute log")
-	if err := d.run(ctx, market, "bridgectl", "terminate", grant); err != nil {
+	if err := d.run(ctx, "bridgectl", "terminate", grant); err != nil {
 		return err
 	}
-	out, err := d.outputOf(ctx, market, "bridgectl", "logs", grant, "--verify")
+	out, err := d.outputOf(ctx, "bridgectl", "logs", grant, "--verify")
 	if err != nil {
 		return err
 	}
@@ -269,7 +274,7 @@ func (d *demo) deadline(ctx context.Context) error {
 		return err
 	}
 	worker := d.processes[0]
-	if err := d.run(ctx, market, "kill", "-9", fmt.Sprint(worker.PID())); err != nil {
+	if err := d.run(ctx, "kill", "-9", fmt.Sprint(worker.PID())); err != nil {
 		return err
 	}
 	if _, err := worker.Wait(ctx); err != nil {
@@ -279,7 +284,7 @@ func (d *demo) deadline(ctx context.Context) error {
 	if err := d.waitForBackend(ctx, "BACKEND_HEALTH_UNREACHABLE"); err != nil {
 		return err
 	}
-	out, err := d.outputOf(ctx, market, "bridgectl", "backends")
+	out, err := d.outputOf(ctx, "bridgectl", "backends")
 	if err != nil {
 		return err
 	}
@@ -309,7 +314,7 @@ func (d *demo) deadline(ctx context.Context) error {
 		{"networks", []string{"podman", "network", "ls"}},
 		{"firewall", []string{"sh", "-c", "nft list ruleset | grep -c elements || true"}},
 	} {
-		if err := d.run(ctx, market, "lab", append([]string{"-lab", d.lab.Name(), "exec", d.host.Name, "--"}, look.command...)...); err != nil {
+		if err := d.run(ctx, "lab", append([]string{"-lab", d.lab.Name(), "exec", d.host.Name, "--"}, look.command...)...); err != nil {
 			return fmt.Errorf("%s: %w", look.text, err)
 		}
 	}
@@ -332,13 +337,13 @@ func (d *demo) deadline(ctx context.Context) error {
 	if err := d.waitForLog(ctx, grant); err != nil {
 		return err
 	}
-	if out, err = d.outputOf(ctx, market, "bridgectl", "logs", grant, "--verify"); err != nil {
+	if out, err = d.outputOf(ctx, "bridgectl", "logs", grant, "--verify"); err != nil {
 		return err
 	}
 	if err := d.expect(out, "the compute log says how it ended and what it used", "deadline", "good", "CPU used"); err != nil {
 		return err
 	}
-	if err := d.run(ctx, market, "bridgectl", "logs", "--verify"); err != nil {
+	if err := d.run(ctx, "bridgectl", "logs", "--verify"); err != nil {
 		return err
 	}
 	return d.nothingLeft(ctx)
@@ -378,32 +383,25 @@ func (d *demo) suggest(grant string) {
 // --- Helpers ---------------------------------------------------------------
 
 // run shows and runs a command; it fails if the command does.
-func (d *demo) run(ctx context.Context, identity, program string, args ...string) error {
-	_, err := d.execute(ctx, identity, false, program, args...)
-	return err
-}
-
-func (d *demo) runAs(ctx context.Context, identity string, quiet bool, program string, args ...string) error {
-	_, err := d.execute(ctx, identity, quiet, program, args...)
+func (d *demo) run(ctx context.Context, program string, args ...string) error {
+	_, err := d.execute(ctx, d.output(), program, args...)
 	return err
 }
 
 // outputOf is run, and returns what was printed.
-func (d *demo) outputOf(ctx context.Context, identity, program string, args ...string) (string, error) {
-	return d.execute(ctx, identity, false, program, args...)
+func (d *demo) outputOf(ctx context.Context, program string, args ...string) (string, error) {
+	return d.execute(ctx, d.output(), program, args...)
 }
 
-func (d *demo) execute(ctx context.Context, identity string, quiet bool, program string, args ...string) (string, error) {
+// execute shows a command and runs it as the market, with its output to w too.
+func (d *demo) execute(ctx context.Context, w io.Writer, program string, args ...string) (string, error) {
 	line := quote(append([]string{program}, args...))
 	if program == "sh" && len(args) == 2 && args[0] == "-c" {
 		line = args[1]
 	}
 	d.command(line)
-	captured := &lockedWriter{w: d.output()}
-	if quiet {
-		captured.w = io.Discard
-	}
-	cmd := d.prepare(ctx, identity, program, args...)
+	captured := &lockedWriter{w: w}
+	cmd := d.prepare(ctx, market, program, args...)
 	cmd.Stdout, cmd.Stderr = captured, captured
 	if err := cmd.Run(); err != nil {
 		return captured.text.String(), fmt.Errorf("%s: %w", line, err)

@@ -29,7 +29,7 @@ func TestBadBoots(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer taken.Close() //nolint:errcheck // Nothing was sent.
+	defer taken.Close()
 	b.write(b.Path("certs", "garbage.pem"), "this is no certificate\n")
 	b.sshKey("other")
 	otherKey := strings.Join(strings.Fields(b.read("other.pub"))[:2], " ")
@@ -42,15 +42,17 @@ func TestBadBoots(t *testing.T) {
 	}
 	unknownWorker := replace(worker, "stop_grace =", "stop_grease =")
 	unknownRouter := replace(router, "metrics_address =", "metric_address =")
-	backendAt := strings.Index(router, "\n[[backend]]")
-	hostAt := strings.Index(worker, "\n[[backend.host]]")
+	noBackend, _, _ := strings.Cut(router, "\n[[backend]]")
+	noHost, _, _ := strings.Cut(worker, "\n[[backend.host]]")
+	beforeClients, _, _ := strings.Cut(worker, "\n[[client]]")
+	_, driver, _ := strings.Cut(worker, "\n[backend]")
 	for name, c := range map[string]boot{
 		"worker, unknown key": {"baremetal-worker", unknownWorker, []string{fmt.Sprintf("bad.toml:%d:", lineOf(unknownWorker, "stop_grease")), "stop_grease"}, true},
 		"router, unknown key": {"router", unknownRouter, []string{fmt.Sprintf("bad.toml:%d:", lineOf(unknownRouter, "metric_address")), "metric_address"}, true},
 		"worker, no TOML":     {"baremetal-worker", "bridge_id = ", []string{"bad.toml:1:"}, true},
-		"router, no backend":  {"router", router[:backendAt], []string{"backend", "no [[backend]] section"}, true},
-		"worker, no host":     {"baremetal-worker", worker[:hostAt], []string{"backend.host", "no [[backend.host]] section"}, true},
-		"worker, no client":   {"baremetal-worker", replace(worker[:strings.Index(worker, "\n[[client]]")], "[tls]", "[tls]") + worker[strings.Index(worker, "\n[backend]"):], []string{"client: no [[client]] section"}, true},
+		"router, no backend":  {"router", noBackend, []string{"backend", "no [[backend]] section"}, true},
+		"worker, no host":     {"baremetal-worker", noHost, []string{"backend.host", "no [[backend.host]] section"}, true},
+		"worker, no client":   {"baremetal-worker", beforeClients + "\n[backend]" + driver, []string{"client: no [[client]] section"}, true},
 		"worker, no certificate": {
 			"baremetal-worker", replace(worker, "certs/metal1/cert.pem", "certs/metal1/nowhere.pem"),
 			[]string{"tls.cert_file", "nowhere.pem", "no such file"},

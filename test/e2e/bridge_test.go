@@ -216,14 +216,7 @@ func (b *bridge) checkSecrets(ctx context.Context) {
 			b.t.Error(err)
 			continue
 		}
-		text = bytes.TrimSpace(text)
 		add("the worker secret", text)
-		if raw, err := hex.DecodeString(string(text)); err == nil {
-			add("the raw worker secret", raw)
-		}
-		if raw, err := base64.StdEncoding.DecodeString(string(text)); err == nil {
-			add("the worker secret's bytes", raw)
-		}
 	}
 	receipts, err := filepath.Glob(b.Path("state", "bridgectl", "grants", "*.json"))
 	if err != nil {
@@ -375,10 +368,10 @@ type background struct {
 	done   chan error
 }
 
-// start starts a command whose output goes into a file.
-func (b *bridge) start(identity, program string, args ...string) *background {
+// start starts bridgectl, as the market.
+func (b *bridge) start(args ...string) *background {
 	b.t.Helper()
-	return b.startCmd(b.cmd(identity, program, args...))
+	return b.startCmd(b.cmd(market, "bridgectl", args...))
 }
 
 // startCmd starts a command whose output goes into a file.
@@ -419,7 +412,11 @@ func (g *background) output() string {
 func (g *background) wait() int {
 	g.b.t.Helper()
 	select {
-	case <-g.done:
+	case err := <-g.done:
+		var exit *exec.ExitError
+		if err != nil && !errors.As(err, &exit) {
+			g.b.t.Fatal(err)
+		}
 		_ = g.stdout.Close() // It was the command's to write.
 		return g.cmd.ProcessState.ExitCode()
 	case <-time.After(patience):

@@ -22,7 +22,7 @@ func newHost(t *testing.T, maxInstances int) site.Host {
 func TestAStoppedWorkerLeavesTenantsToTheNext(t *testing.T) {
 	b := newBridge(t)
 	p := b.provision(own()...)
-	watch := b.start(market, "bridgectl", "watch", p.Instance.id())
+	watch := b.start("watch", p.Instance.id())
 	b.soon("the watch has begun", func() error { return hasText(watch.output(), "ready") })
 	shell := b.startCmd(b.ssh(p, "requester", nil, "while echo alive; do sleep 1; done"))
 	b.soon("the shell runs", func() error { return hasText(shell.output(), "alive") })
@@ -112,7 +112,7 @@ func TestARouterDiesWhileAGrantIsMadeAndWatched(t *testing.T) {
 	}
 	b.image = big
 	worker := b.processes[b.workers[0].Name]
-	making := b.start(market, "bridgectl", b.grantArgs(own("-o", "json", "--timeout", "90s")...)...)
+	making := b.start(b.grantArgs(own("-o", "json", "--timeout", "90s")...)...)
 	b.soon("the worker is at it", func() error { return hasText(worker.LogTail(), "Provisioning") })
 	if err := b.router.Kill(); err != nil {
 		t.Fatal(err)
@@ -130,7 +130,7 @@ func TestARouterDiesWhileAGrantIsMadeAndWatched(t *testing.T) {
 		t.Errorf("units of the grant on the host: %v\n%s", err, units)
 	}
 
-	watch := b.start(market, "bridgectl", "watch", list[0].id())
+	watch := b.start("watch", list[0].id())
 	b.soon("the watch has begun", func() error { return hasText(watch.output(), "ready") })
 	if err := b.router.Kill(); err != nil {
 		t.Fatal(err)
@@ -152,7 +152,7 @@ func TestAnInterruptedProvisionLeavesNothing(t *testing.T) {
 	}
 	b.image = big
 	worker := b.processes[b.workers[0].Name]
-	making := b.start(market, "bridgectl", b.grantArgs(own()...)...)
+	making := b.start(b.grantArgs(own()...)...)
 	b.soon("the worker is at it", func() error { return hasText(worker.LogTail(), "Provisioning") })
 	if err := making.cmd.Process.Signal(syscall.SIGINT); err != nil {
 		t.Fatal(err)

@@ -6,9 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
-	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -34,7 +35,7 @@ func TestAGrantFromProvisionToComputeLog(t *testing.T) {
 	if got := b.list(bob); len(got) != 0 {
 		t.Errorf("another client sees %+v", got)
 	}
-	watch := b.start(market, "bridgectl", "watch", p.Instance.id(), "-o", "json")
+	watch := b.start("watch", p.Instance.id(), "-o", "json")
 
 	t.Run("a command, its environment and its exit code", func(t *testing.T) {
 		b := b.in(t)
@@ -104,6 +105,7 @@ func TestAGrantFromProvisionToComputeLog(t *testing.T) {
 
 // in returns the bridge for a subtest.
 func (b *bridge) in(t *testing.T) *bridge {
+	t.Helper()
 	sub := *b
 	sub.t = t
 	return &sub
@@ -115,7 +117,7 @@ func (b *bridge) copyBothWays(p provisioned) {
 	noise := make([]byte, 3<<20)
 	_, _ = rand.Read(noise)
 	b.write(b.Path("noise"), string(noise))
-	there := fmt.Sprintf("scp://%s@%s:%d//tmp/noise", p.Receipt.User, p.Receipt.Host, p.Receipt.Port)
+	there := "scp://" + p.Receipt.User + "@" + net.JoinHostPort(p.Receipt.Host, strconv.Itoa(p.Receipt.Port)) + "//tmp/noise"
 	for _, way := range [][2]string{{"noise", there}, {there, "back"}} {
 		b.says(b.run(b.cmd(market, "scp", append(b.sshOptions(p, "requester"), way[0], way[1])...)), 0, "")
 	}
@@ -146,7 +148,7 @@ func answers(ctx context.Context, address, want string) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close() //nolint:errcheck // Nothing is sent.
+	defer conn.Close()
 	if err := conn.SetDeadline(time.Now().Add(5 * time.Second)); err != nil {
 		return err
 	}
@@ -172,11 +174,12 @@ func TestASealedLoginKey(t *testing.T) {
 	b.says(b.run(elsewhere), 7, "")
 	b.says(b.run(b.ssh(p, "requester", nil, "true")), 255, "Permission denied")
 
-	err := filepath.WalkDir(b.Path("state"), func(path string, d os.DirEntry, err error) error {
+	state := os.DirFS(b.Path("state"))
+	err := fs.WalkDir(state, ".", func(path string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
-		text, err := os.ReadFile(path)
+		text, err := fs.ReadFile(state, path)
 		if strings.Contains(string(text), "OPENSSH PRIVATE KEY") {
 			t.Errorf("%s holds the login key", path)
 		}

@@ -36,7 +36,7 @@ func (s *Site) Start(ctx context.Context, name, program string, args ...string) 
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close() //nolint:errcheck // The process has its own.
+	defer log.Close() // The process has its own.
 	// What ends it is Stop or Kill, not the context.
 	p.cmd = s.Lab.Command(context.WithoutCancel(ctx), s.Program(program), args...)
 	p.cmd.Dir = s.Dir
