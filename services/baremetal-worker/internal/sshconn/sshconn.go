@@ -407,6 +407,7 @@ func (c *Conn) dial(ctx context.Context) (*link, error) {
 		sessions:   make(chan struct{}, c.cfg.MaxSessions),
 		streams:    make(chan struct{}, maxStreams),
 	}
+	transport.client.Store(l.client)
 	// One goroutine refuses what a host may ask of us, which is nothing;
 	// ssh.NewClient would start three.
 	go refuseAll(channels, requests)
@@ -545,10 +546,13 @@ func (c *Conn) Ping(ctx context.Context) (time.Duration, error) {
 // what a server that doesn't speak SSH to us says instead.
 const greetingBytes = 128
 
-// activityConn remembers when something was last read, and what came first.
+// activityConn remembers when something was last read, and what came first. It
+// also ends in an order in which package ssh leaves nobody waiting, see lose.
 type activityConn struct {
 	net.Conn
 	lastRead atomic.Int64
+	lost     atomic.Bool
+	client   atomic.Pointer[ssh.Client]
 
 	mu    sync.Mutex
 	first []byte
@@ -565,7 +569,31 @@ func (a *activityConn) Read(p []byte) (int, error) {
 			a.mu.Unlock()
 		}
 	}
+	if err != nil {
+		a.lose()
+	}
 	return n, err
+}
+
+// Write writes to the socket.
+func (a *activityConn) Write(p []byte) (int, error) {
+	if a.lost.Load() {
+		return 0, net.ErrClosed
+	}
+	return a.Conn.Write(p)
+}
+
+// lose fails a write before package ssh learns that reading has failed. It takes
+// the first write that fails for a success; if that one opens a channel after
+// the loss has been told to all channels, its caller would wait for ever.
+func (a *activityConn) lose() {
+	if a.lost.Swap(true) {
+		return
+	}
+	_ = a.Conn.Close() // ends a write that hangs
+	if client := a.client.Load(); client != nil {
+		_, _, _ = client.SendRequest("lost", false, nil) // it fails
+	}
 }
 
 func (a *activityConn) greeting() []byte {
