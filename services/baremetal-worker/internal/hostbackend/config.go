@@ -48,6 +48,10 @@ type Config struct {
 
 	ImageStore ImageStoreConfig `toml:"image_store"`
 	Hosts      []HostConfig     `toml:"host"`
+
+	// usageInterval is how often a watch reads usage so far; 0 means
+	// defaultUsageInterval. Tests look more often.
+	usageInterval time.Duration
 }
 
 // ImageStoreConfig says where images come from.

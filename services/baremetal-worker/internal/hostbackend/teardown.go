@@ -2,10 +2,14 @@ package hostbackend
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"strconv"
+	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
@@ -168,8 +172,8 @@ func (h *host) watch(ctx context.Context, id backend.GrantID, usage func(backend
 	}
 }
 
-// usageInterval is how often usage so far is read.
-const usageInterval = 30 * time.Second
+// defaultUsageInterval is how often usage so far is read.
+const defaultUsageInterval = 30 * time.Second
 
 // watchOnce watches as long as the host stays as it is.
 func (h *host) watchOnce(ctx context.Context, id backend.GrantID, usage func(backend.Usage)) (exit backend.Exit, ended bool, err error) {
@@ -184,7 +188,7 @@ func (h *host) watchOnce(ctx context.Context, id backend.GrantID, usage func(bac
 	}
 	unit := h.names(r).unit()
 	statuses := h.bus.Watch(ctx, unit)
-	ticker := time.NewTicker(usageInterval)
+	ticker := time.NewTicker(cmp.Or(h.backend.config.usageInterval, defaultUsageInterval))
 	defer ticker.Stop()
 	for {
 		select {
@@ -320,6 +324,11 @@ func exitOf(result, code, status string) backend.Exit {
 		if n, err := strconv.ParseInt(status, 10, 32); err == nil {
 			c := int32(n)
 			exit.Code = &c
+			// The guest tells a signal so, as shells do. A workload may exit with
+			// such a code, too: then what it says is believed.
+			if name, ok := strings.CutPrefix(unix.SignalName(unix.Signal(n-guestapi.ExitSignalBase)), "SIG"); ok {
+				exit.Signal = name
+			}
 		}
 	case "killed", "dumped":
 		exit.Signal = status

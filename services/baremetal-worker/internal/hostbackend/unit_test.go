@@ -196,7 +196,9 @@ func TestSystemdsWordsForAnEnd(t *testing.T) {
 		{"signal", "killed", "KILL", backend.Exit{Reason: backend.EndWorkloadExited, Signal: "KILL"}},
 		{"core-dump", "dumped", "SEGV", backend.Exit{Reason: backend.EndWorkloadExited, Signal: "SEGV"}},
 		{"timeout", "killed", "TERM", backend.Exit{Reason: backend.EndDeadline, Signal: "TERM"}},
-		{"timeout", "exited", "143", backend.Exit{Reason: backend.EndDeadline, Code: code(143)}},
+		{"timeout", "exited", "143", backend.Exit{Reason: backend.EndDeadline, Code: code(143), Signal: "TERM"}},
+		{"exit-code", "exited", "137", backend.Exit{Reason: backend.EndWorkloadExited, Code: code(137), Signal: "KILL"}},
+		{"exit-code", "exited", "255", backend.Exit{Reason: backend.EndWorkloadExited, Code: code(255)}},
 		{"oom-kill", "killed", "KILL", backend.Exit{Reason: backend.EndOutOfMemory, Signal: "KILL"}},
 		{"", "", "", backend.Exit{Reason: backend.EndWorkloadExited}},
 	} {
