@@ -446,7 +446,7 @@ func (d *Driver) makeReady(ctx context.Context, order worker.Order, attempt *beg
 	}
 	for n, port := range attempt.Ports {
 		ready.Instance.Ports = append(ready.Instance.Ports, backend.PublishedPort{
-			Port: port, PublicHost: loopback, PublicPort: uint16(40000 + n), //nolint:gosec // A grant has at most 32 ports.
+			Port: port, PublicHost: loopback, PublicPort: uint16(40000 + n),
 		})
 	}
 	return ready, nil

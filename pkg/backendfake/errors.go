@@ -46,8 +46,7 @@ var refusals = map[Kind]string{
 }
 
 func codeOf(err error) string {
-	var api *APIError
-	if errors.As(err, &api) {
+	if api, ok := errors.AsType[*APIError](err); ok {
 		return api.Code
 	}
 	return ""
@@ -69,8 +68,7 @@ var classes = map[string]struct {
 
 // classify gives a provider's error its place among the bridge's.
 func classify(err error, doing string) *backenderr.Error {
-	var own *backenderr.Error
-	if errors.As(err, &own) {
+	if own, ok := errors.AsType[*backenderr.Error](err); ok {
 		return own.Clone()
 	}
 	if class, ok := classes[codeOf(err)]; ok {

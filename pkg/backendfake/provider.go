@@ -370,7 +370,7 @@ func (p *Provider) make(r request) (*instance, error) {
 	i := &instance{changed: make(chan struct{}), visibleAt: now.Add(p.options.VisibleAfter)}
 	i.request, i.region, i.createdAt = r, host.Region, now
 	i.instanceID = backend.InstanceID(fmt.Sprintf("i-%06d", p.next))
-	i.sshPort = uint16(20000 + p.next%20000) //nolint:gosec // Below 40000.
+	i.sshPort = uint16(20000 + p.next%20000)
 	if p.options.WithSSH {
 		server, err := startSSH(r)
 		if err != nil {

@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"encoding/pem"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -571,9 +572,7 @@ func cloneGrant(g backend.Grant) backend.Grant {
 	g.ProviderID, g.Ports = slices.Clone(g.ProviderID), slices.Clone(g.Ports)
 	g.Network.AllowedPrefixes = slices.Clone(g.Network.AllowedPrefixes)
 	environment := map[string]string{}
-	for k, v := range g.Environment {
-		environment[k] = v
-	}
+	maps.Copy(environment, g.Environment)
 	g.Environment = environment
 	return g
 }

@@ -337,8 +337,7 @@ func watchCases() []testCase {
 		{name: "watch/a watcher's own error ends it", run: func(e *env) {
 			_, _, p := e.ready()
 			err := e.b.WatchUntilExit(e.ctx(), p.Instance.Handle, func(backend.Event) error { return &emitError{} })
-			var ours *emitError
-			if !errors.As(err, &ours) {
+			if _, ok := errors.AsType[*emitError](err); !ok {
 				e.Errorf("a watch ended with %v, want the watcher's own error", err)
 			}
 		}},

@@ -48,8 +48,7 @@ func (c *checked) checkError(method string, err error, reasons ...backenderr.Rea
 	if err == nil {
 		return
 	}
-	var own *backenderr.Error
-	if !errors.As(err, &own) {
+	if _, ok := errors.AsType[*backenderr.Error](err); !ok {
 		c.e.Errorf("%s: the error is no *backenderr.Error: %T %v", method, err, err)
 	}
 	reason := backenderr.ReasonOf(err)
@@ -133,8 +132,7 @@ func (c *checked) WatchUntilExit(ctx context.Context, h backend.Handle, emit fun
 		}
 		return emit(event)
 	})
-	var ours *emitError
-	if errors.As(err, &ours) {
+	if _, ok := errors.AsType[*emitError](err); ok {
 		return err
 	}
 	c.checkError("WatchUntilExit", err, watchReasons...)

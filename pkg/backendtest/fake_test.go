@@ -258,7 +258,7 @@ func (f *fake) start(t testing.TB) backend.Backend {
 	driver := backendfake.Open(f.provider, runtime.Env(), backendfake.DriverOptions{
 		BootTimeout: 2 * time.Second, UsageInterval: usageInterval, Bugs: f.broken.bugs,
 	})
-	if err := runtime.Start(context.Background(), driver); err != nil {
+	if err := runtime.Start(t.Context(), driver); err != nil {
 		t.Fatal(err)
 	}
 	f.mu.Lock()

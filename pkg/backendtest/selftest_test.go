@@ -75,7 +75,7 @@ func record(t *testing.T, open func(testing.TB) *Fixture, name string, m mode) [
 		t.Fatalf("no case %q", name)
 	}
 	r := &recorder{TB: t}
-	r.ctx, r.cancel = context.WithCancel(context.Background())
+	r.ctx, r.cancel = context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

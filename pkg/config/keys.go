@@ -3,6 +3,7 @@ package config
 import (
 	"encoding"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 	"strconv"
@@ -44,16 +45,14 @@ func tableOf(t reflect.Type) (reflect.Type, bool) {
 // fields returns the keys of a struct with their types.
 func fields(t reflect.Type) map[string]reflect.Type {
 	all := map[string]reflect.Type{}
-	for i := range t.NumField() {
-		f := t.Field(i)
+	for f := range t.Fields() {
+		f := f
 		name, _, _ := strings.Cut(f.Tag.Get("toml"), ",")
 		switch {
 		case name == "-":
 		case f.Anonymous && name == "":
 			if inner, ok := tableOf(f.Type); ok {
-				for k, v := range fields(inner) {
-					all[k] = v
-				}
+				maps.Copy(all, fields(inner))
 			}
 		case !f.IsExported():
 		case name == "":

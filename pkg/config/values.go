@@ -123,7 +123,7 @@ func resolve(v reflect.Value, key, dir string) []error {
 		v.SetString(anchored(v.String(), dir))
 		return nil
 	case secretType:
-		s, ok := v.Addr().Interface().(*SecretFile)
+		s, ok := reflect.TypeAssert[*SecretFile](v.Addr())
 		if !ok || s.path == "" {
 			return nil
 		}
@@ -134,7 +134,7 @@ func resolve(v reflect.Value, key, dir string) []error {
 		return nil
 	}
 	var problems []error
-	switch v.Kind() { //nolint:exhaustive // Others hold no paths.
+	switch v.Kind() {
 	case reflect.Pointer:
 		if !v.IsNil() {
 			return resolve(v.Elem(), key, dir)

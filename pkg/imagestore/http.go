@@ -78,7 +78,7 @@ func (s *httpStore) Open(ctx context.Context, image Image) (_ io.ReadCloser, _ i
 			_ = b.Close()
 		}
 	}()
-	req, err := http.NewRequestWithContext(b.ctx, http.MethodGet, address, nil)
+	req, err := http.NewRequestWithContext(b.ctx, http.MethodGet, address, http.NoBody)
 	if err != nil {
 		return nil, 0, fmt.Errorf("%w: %w", ErrInvalidPointer, err)
 	}

@@ -178,7 +178,7 @@ func resolvePointer(base, pointer string) (string, error) {
 		return "", fmt.Errorf("%w: longer than %d bytes", ErrInvalidPointer, maxPointerBytes)
 	}
 	rel := strings.TrimPrefix(pointer, base+"/")
-	for _, segment := range strings.Split(rel, "/") {
+	for segment := range strings.SplitSeq(rel, "/") {
 		switch segment {
 		case "":
 			return "", fmt.Errorf("%w: %q: not a path relative to the store's base", ErrInvalidPointer, pointer)

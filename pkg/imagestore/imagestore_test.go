@@ -106,8 +106,11 @@ func TestImagesAreFoundByDigestAndByPointer(t *testing.T) {
 			base = "file://" + base
 		}
 		for _, image := range []imagestore.Image{
-			{Digest: sha(content)}, {Digest: b3(content)}, {Digest: b3(content), Pointer: "team/app-1.0.tar"},
-			{Digest: sha(content), Pointer: base + "/team/app-1.0.tar"}, {Digest: sha(content), MaxBytes: int64(len(content))},
+			{Digest: sha(content)},
+			{Digest: b3(content)},
+			{Digest: b3(content), Pointer: "team/app-1.0.tar"},
+			{Digest: sha(content), Pointer: base + "/team/app-1.0.tar"},
+			{Digest: sha(content), MaxBytes: int64(len(content))},
 		} {
 			got, size, err := fetch(t.Context(), s, image)
 			if err != nil || !bytes.Equal(got, content) || size != int64(len(content)) {
@@ -283,8 +286,10 @@ func TestFailingServersAreUnavailable(t *testing.T) {
 			_ = http.NewResponseController(w).Flush()
 			_, _ = w.Write(append(bytes.Clone(content), 1))
 		}, want: imagestore.ErrTooLarge, cfg: imagestore.Config{MaxBytes: int64(len(content))}},
-		"no answer": {handler: func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
-			want: imagestore.ErrUnavailable, text: "no data arrived", cfg: idle},
+		"no answer": {
+			handler: func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() },
+			want:    imagestore.ErrUnavailable, text: "no data arrived", cfg: idle,
+		},
 		"stall": {handler: func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Length", fmt.Sprint(len(content)))
 			_, _ = w.Write(content[:1000])

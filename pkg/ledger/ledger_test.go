@@ -676,7 +676,7 @@ func TestFileIsPrivate(t *testing.T) {
 	}
 	open := filepath.Join(t.TempDir(), "open.db")
 	must(t, os.WriteFile(open, nil, 0o600))
-	must(t, os.Chmod(open, 0o640)) //nolint:gosec // That is the point.
+	must(t, os.Chmod(open, 0o640))
 	_, err = ledger.Open(t.Context(), ledger.Config{Path: open})
 	if err == nil || !strings.Contains(err.Error(), "0640") {
 		t.Errorf("Open of a file that the group may read = %v", err)

@@ -49,7 +49,7 @@ func sequenceOf(g Log) (int64, error) {
 	if g.Sequence > math.MaxInt64 {
 		return 0, fmt.Errorf("sequence %d is too large", g.Sequence)
 	}
-	return int64(g.Sequence), nil //nolint:gosec // Checked above.
+	return int64(g.Sequence), nil
 }
 
 // PutInterim stores an account so far, in place of an earlier one. It returns

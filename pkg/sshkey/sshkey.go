@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -83,10 +84,8 @@ func ParsePublicKey(line string) (PublicKey, error) {
 	case keyType == "ssh-dss":
 		return PublicKey{}, invalid("DSA keys are not accepted")
 	default:
-		for _, f := range fields[1:] {
-			if accepted(f) {
-				return PublicKey{}, invalid("options before the key are not accepted")
-			}
+		if slices.ContainsFunc(fields[1:], accepted) {
+			return PublicKey{}, invalid("options before the key are not accepted")
 		}
 		return PublicKey{}, invalid("unknown key type %s", quoteShort(keyType))
 	}

@@ -52,7 +52,7 @@ func NewLogger(w io.Writer, cfg LogConfig) (*slog.Logger, error) {
 	switch cfg.Format {
 	case "", FormatAuto:
 		f, ok := w.(*os.File)
-		text = ok && term.IsTerminal(int(f.Fd())) //nolint:gosec // File descriptors are small.
+		text = ok && term.IsTerminal(int(f.Fd()))
 	case FormatJSON:
 	case FormatText:
 		text = true
