@@ -120,7 +120,13 @@ func (s *site) checkNothingIsLeft() {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.t.Context()), time.Minute)
 	defer cancel()
 	if s.runtime != nil {
-		if err := poll(ctx, func() error { return s.allFree(ctx) }); err != nil {
+		patience := 20 * time.Second
+		if s.t.Failed() { // and may have ended early
+			patience = time.Second
+		}
+		free, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		if err := poll(free, func() error { return s.allFree(free) }); err != nil {
 			s.t.Errorf("capacity at the end of the test: %v", err)
 		}
 		s.stop()

@@ -309,17 +309,28 @@ func (h *host) waitForSSH(ctx context.Context, w workload, hostKey string) (time
 	if err != nil {
 		return time.Time{}, backenderr.Wrap(backenderr.Internal, err, "host key")
 	}
+	// A unit that ends takes the hole in the firewall with it, and then nothing
+	// answers at all: its end ends the try.
+	alive, dead := context.WithCancel(ctx)
+	defer dead()
+	go func() {
+		for status := range h.bus.Watch(alive, w.names.unit()) {
+			if over(status) {
+				dead()
+			}
+		}
+	}()
 	pause := minReadyPause
 	var last error
 	for {
-		last = handshake(ctx, h.sshEndpoint(w.params.SSHPort), want.SSH())
+		last = handshake(alive, h.sshEndpoint(w.params.SSHPort), want.SSH())
 		status, err := h.bus.Status(ctx, w.names.unit())
 		switch {
 		case err != nil && ctx.Err() == nil:
 			return time.Time{}, err
-		case err == nil && status.ActiveState != "active":
+		case err == nil && over(status):
 			return time.Time{}, h.workloadFailed(context.WithoutCancel(ctx), w, "the workload ended before SSH was ready")
-		case err == nil && last == nil:
+		case err == nil && last == nil && status.ActiveState == "active":
 			return status.ActiveEnter, nil
 		}
 		select {
@@ -333,6 +344,9 @@ func (h *host) waitForSSH(ctx context.Context, w workload, hostKey string) (time
 		}
 	}
 }
+
+// over says that a unit which was started no longer runs, or is about to end.
+func over(s systemd.UnitStatus) bool { return !s.Running() || s.ActiveState == "deactivating" }
 
 var errReadyTimeout = errors.New("instance took too long")
 
