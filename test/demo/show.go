@@ -114,12 +114,12 @@ func (d *demo) startBridge(ctx context.Context) error {
 	d.worker = d.site.Worker("baremetal", 0, site.Host{Host: d.host})
 	if err := d.worker.WriteConfig(d.worker.Config(bridgeID,
 		site.Client{Identity: site.Identity("router"), Role: "reader", Router: true},
-		site.Client{Identity: site.Identity(operator), Role: "operator"},
+		site.Client{Identity: site.Identity(operator), Role: "operator"}, site.Client{Identity: "unix:0", Role: "operator"},
 	)); err != nil {
 		return err
 	}
 	if err := d.site.WriteRouterConfig(d.site.RouterConfig(bridgeID, []site.Client{
-		{Identity: site.Identity(market), Role: "client"}, {Identity: site.Identity(operator), Role: "operator"},
+		{Identity: site.Identity(market), Role: "client"}, {Identity: site.Identity(operator), Role: "operator"}, {Identity: "unix:0", Role: "operator"},
 	}, d.worker)); err != nil {
 		return err
 	}
@@ -192,7 +192,7 @@ func (d *demo) provision(ctx context.Context, args ...string) (string, error) {
 		return "", errors.New("the receipt shows no grant id")
 	}
 	d.good("SSH answers %.1f s after the grant was sent", time.Since(start).Seconds())
-	return id[1][:8], nil
+	return id[1][:12], nil
 }
 
 // logIn runs a command in a grant's container with the stock client.
@@ -369,12 +369,14 @@ func (d *demo) suggest(grant string) {
 	} {
 		_, _ = fmt.Fprintln(d.output(), d.paint("1", line))
 	}
-	d.text("\nWith grpcurl (make tools builds it):\n")
+	d.text("\nWith grpcurl (make tools builds it, into .bin):\n")
 	flags := "-cacert certs/ca.pem -cert certs/market/cert.pem -key certs/market/key.pem"
 	for _, line := range []string{
 		"grpcurl " + flags + " " + d.site.RouterAddr() + " list",
 		"grpcurl " + flags + " " + d.site.RouterAddr() + " computebridge.v1.BackendService/Capabilities",
 		"grpcurl " + flags + " " + d.site.RouterAddr() + " computebridge.v1.InventoryService/ListInstances",
+		"grpcurl -plaintext -unix $PWD/router/router.sock computebridge.v1.FleetService/ListBackends",
+		"grpcurl -plaintext -unix $PWD/baremetal/worker.sock computebridge.v1.InventoryService/ListComputeLogs",
 	} {
 		_, _ = fmt.Fprintln(d.output(), d.paint("1", line))
 	}
