@@ -95,7 +95,7 @@ func TestRulesOfWireAndDomainAgree(t *testing.T) {
 		"port 65536":          {func(g *grant, _ *envelope) { g.Ports[0].Number = 65536 }, "grant.ports[0].number"},
 		"no protocol":         {func(g *grant, _ *envelope) { g.Ports[0].Protocol = 0 }, "grant.ports[0].protocol"},
 		"unknown protocol":    {func(g *grant, _ *envelope) { g.Ports[0].Protocol = 9 }, "grant.ports[0].protocol"},
-		"port twice":          {func(g *grant, _ *envelope) { g.Ports = append(g.Ports, g.Ports[0]) }, "grant.ports"},
+		"port twice":          {func(g *grant, _ *envelope) { g.Ports = append(g.Ports, g.GetPorts()[0]) }, "grant.ports"},
 		"33 ports": {func(g *grant, _ *envelope) {
 			for i := range uint32(33) {
 				g.Ports = append(g.Ports, &bridgev1.Port{Number: 100 + i, Protocol: bridgev1.Protocol_PROTOCOL_UDP})

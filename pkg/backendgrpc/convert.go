@@ -1,6 +1,7 @@
 package backendgrpc
 
 import (
+	"maps"
 	"math"
 	"time"
 
@@ -72,9 +73,7 @@ func GrantToProto(g backend.Grant) *bridgev1.Grant {
 	}
 	if len(g.Environment) > 0 {
 		p.Environment = make(map[string]string, len(g.Environment))
-		for k, v := range g.Environment {
-			p.Environment[k] = v
-		}
+		maps.Copy(p.Environment, g.Environment)
 	}
 	return p
 }
@@ -104,9 +103,7 @@ func GrantFromProto(p *bridgev1.Grant) backend.Grant {
 	}
 	if len(p.GetEnvironment()) > 0 {
 		g.Environment = make(map[string]string, len(p.GetEnvironment()))
-		for k, v := range p.GetEnvironment() {
-			g.Environment[k] = v
-		}
+		maps.Copy(g.Environment, p.GetEnvironment())
 	}
 	return g
 }

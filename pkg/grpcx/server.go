@@ -202,6 +202,9 @@ func listen(c ListenConfig) (net.Listener, error) {
 			_ = conn.Close()
 			return nil, fmt.Errorf("listen on %s: another process serves this socket", c.Address)
 		}
+		if info, err := os.Lstat(path); err == nil && info.Mode().Type() != fs.ModeSocket {
+			return nil, fmt.Errorf("listen on %s: there is a file that is no socket", c.Address)
+		}
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return nil, fmt.Errorf("listen on %s: %w", c.Address, err)
 		}
@@ -233,13 +236,20 @@ func slogLogger(log *slog.Logger) logging.Logger {
 
 // unaryErrors is the last stop before the wire: every error leaves as a status
 // with ErrorInfo, whoever made it.
-func unaryErrors(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func unaryErrors(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	res, err := handler(ctx, req)
+	if foreignProtocol(info.FullMethod) {
+		return res, err
+	}
 	return res, backenderr.Status(err).Err()
 }
 
+// foreignProtocol reports whether a method is of gRPC's own services, health
+// and reflection, whose clients know their codes.
+func foreignProtocol(method string) bool { return strings.HasPrefix(method, "/grpc.") }
+
 func streamErrors(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	if strings.HasPrefix(info.FullMethod, "/grpc.") {
+	if foreignProtocol(info.FullMethod) {
 		return handler(srv, stream)
 	}
 	return backenderr.Status(handler(srv, stream)).Err()
