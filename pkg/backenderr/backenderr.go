@@ -288,8 +288,7 @@ func From(err error) *Error {
 	if err == nil {
 		return nil
 	}
-	var own *Error
-	if errors.As(err, &own) {
+	if own, ok := errors.AsType[*Error](err); ok {
 		if own == nil {
 			return New(Unknown, "%s", err)
 		}
