@@ -47,7 +47,7 @@ func runTests(m *testing.M) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	built.guest, built.probe = filepath.Join(dir, "guest"), filepath.Join(dir, "probe")
 	for output, source := range map[string]string{built.guest: ".", built.probe: "./testdata/probe"} {
 		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", output, source)
@@ -198,12 +198,15 @@ func (o *output) String() string {
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.After(patience)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
 	for !ok() {
-		if time.Now().After(deadline) {
+		select {
+		case <-tick.C:
+		case <-deadline:
 			t.Fatalf("did not happen: %s", what)
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 }
 
@@ -215,7 +218,11 @@ func freePort(t *testing.T) uint16 {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	return l.Addr().(*net.TCPAddr).AddrPort().Port()
+	address, ok := l.Addr().(*net.TCPAddr)
+	if !ok {
+		t.Fatalf("a TCP listener at %T", l.Addr())
+	}
+	return address.AddrPort().Port()
 }
 
 // newKey makes a key pair: the private half in OpenSSH's form, and the public one.

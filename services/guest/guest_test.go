@@ -174,7 +174,11 @@ func TestStockClients(t *testing.T) {
 				return err == nil
 			})
 			_, _ = io.WriteString(conn, "through the tunnel")
-			_ = conn.(*net.TCPConn).CloseWrite()
+			tunnel, ok := conn.(*net.TCPConn)
+			if !ok {
+				t.Fatalf("a TCP connection of type %T", conn)
+			}
+			_ = tunnel.CloseWrite()
 			got, err := io.ReadAll(conn)
 			_ = conn.Close()
 			if string(got) != "THROUGH THE TUNNEL" {
@@ -286,7 +290,7 @@ func TestImageWithoutShell(t *testing.T) {
 	t.Parallel()
 	c := startContainer(t, image{}, guestapi.Config{Command: []string{"/probe", "sleep"}})
 	c.ready(t)
-	c.console(t, "warning: The login user could not be made, so it runs as root user=compute reason=\"the image has no /etc/passwd\"")
+	c.console(t, "warning: The login user could not be made, so another is used user=compute used=root reason=\"the image has no /etc/passwd\"")
 	for command, want := range map[string]struct {
 		stdout, stderr string
 		code           int
@@ -332,7 +336,7 @@ func TestUserDatabasesOfAllSorts(t *testing.T) {
 		want    string
 		console string
 	}{
-		"read-only":        {readOnly, "0:0:root:/root:/bin/bash", "it runs as root user=compute reason=\"add compute to /etc/group: read-only file system\""},
+		"read-only":        {readOnly, "0:0:root:/root:/bin/bash", "another is used user=compute used=root reason=\"add compute to /etc/group: read-only file system\""},
 		"mounted passwd":   {mounted, "1001:1001:compute:/home/compute:/bin/bash", ""},
 		"user of image":    {existing, "1234:100:compute:/tmp:/bin/sh", ""},
 		"one line, no end": {bare, "1000:1000:compute:/home/compute:/bin/bash", ""},
@@ -377,7 +381,8 @@ func TestWorkload(t *testing.T) {
 		"no user":     {guestapi.Config{Command: []string{"true"}, RunAs: "ghost"}, 126, `the image's /etc/passwd has no user \"ghost\"`},
 		"no group":    {guestapi.Config{Command: []string{"true"}, RunAs: "app:ghost"}, 126, `the image's /etc/group has no group \"ghost\"`},
 		"run as name": {
-			guestapi.Config{Command: []string{"sh", "-c", "echo $(id) $HOME $(pwd) $X"}, RunAs: "app", WorkingDir: "/made/for/it", Environment: map[string]string{"X": "$HOME %i"}}, 0,
+			guestapi.Config{Command: []string{"sh", "-c", "echo $(id) $HOME $(pwd) $X"}, RunAs: "app", WorkingDir: "/made/for/it", Environment: map[string]string{"X": "$HOME %i"}},
+			0,
 			"uid=1000(app) gid=1000(app) groups=1000(app),44(video) /srv/app /made/for/it $HOME %i\n",
 		},
 		"run as ids":    {guestapi.Config{Command: []string{"sh", "-c", "echo $(id) $HOME"}, RunAs: "4711:44"}, 0, "uid=4711 gid=44(video) groups=44(video) /\n"},

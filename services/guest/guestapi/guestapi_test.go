@@ -5,6 +5,7 @@ import (
 	"crypto/ed25519"
 	"crypto/x509"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"flag"
@@ -245,7 +246,7 @@ func TestSecretsCannotBePrinted(t *testing.T) {
 	keyForms := map[string]string{
 		"PEM":        "begin private",
 		"base64":     strings.ToLower(strings.Fields(hostKeyPEM(t))[3]),
-		"DER in hex": fmt.Sprintf("%x", block.Bytes[:8]),
+		"DER in hex": hex.EncodeToString(block.Bytes[:8]),
 		"PEM in hex": fmt.Sprintf("%x", "BEGIN PRIVATE"),
 	}
 	public := struct {

@@ -188,7 +188,7 @@ func TestEnsureAddsTheUserOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if st := info.Sys().(*syscall.Stat_t); info.Mode().Perm() != 0o640 || st.Gid != 42 {
+	if st, ok := info.Sys().(*syscall.Stat_t); !ok || info.Mode().Perm() != 0o640 || st.Gid != 42 {
 		t.Errorf("shadow has mode %v, gid %d", info.Mode(), st.Gid)
 	}
 	entries, err := os.ReadDir(d.path("/etc"))
@@ -202,7 +202,7 @@ func TestEnsureAddsTheUserOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if st := home.Sys().(*syscall.Stat_t); home.Mode().Perm() != 0o700 || st.Uid != 1002 || st.Gid != 1002 {
+	if st, ok := home.Sys().(*syscall.Stat_t); !ok || home.Mode().Perm() != 0o700 || st.Uid != 1002 || st.Gid != 1002 {
 		t.Errorf("home: %v, %d:%d", home.Mode(), st.Uid, st.Gid)
 	}
 	if d.HomeDir(d.Login("compute")) != d.path("/home/compute") {

@@ -183,8 +183,7 @@ func appendInPlace(target, addition string) error {
 
 // withoutPath drops the temporary file's name from an error.
 func withoutPath(err error) error {
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		return errno
 	}
 	return err
@@ -208,10 +207,7 @@ func (d *Database) makeHome(home string, uid, gid uint32) error {
 		return fmt.Errorf("give %s to uid %s: %w", home, strconv.FormatUint(uint64(uid), 10), withoutPath(err))
 	}
 	// Skeleton files are a convenience: without them the login works as well.
-	entries, err := os.ReadDir(d.path("/etc/skel"))
-	if err != nil {
-		return nil
-	}
+	entries, _ := os.ReadDir(d.path("/etc/skel"))
 	for _, entry := range entries {
 		if entry.Type().IsRegular() {
 			_ = copyFile(filepath.Join(d.path("/etc/skel"), entry.Name()), filepath.Join(target, entry.Name()), uid, gid)

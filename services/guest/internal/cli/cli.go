@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"syscall"
 
 	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
@@ -67,7 +68,7 @@ func Run(ctx context.Context, args []string, std Streams) int {
 	case "init":
 		return runInit(args[1:], std, logger)
 	case "serve":
-		return runServe(args[1:], std, logger)
+		return runServe(ctx, args[1:], std, logger)
 	case "sftp-server":
 		if err := sftpserver.Serve(std.Stdin, std.Stdout); err != nil {
 			logger.Error("SFTP failed", "error", err)
@@ -121,7 +122,7 @@ func runInit(args []string, std Streams, logger *slog.Logger) int {
 	return code
 }
 
-func runServe(args []string, std Streams, logger *slog.Logger) int {
+func runServe(ctx context.Context, args []string, std Streams, logger *slog.Logger) int {
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	path := flags.String("config", guestapi.ContainerConfigPath, "configuration `file`")
 	if code, ok := parse(flags, args, std, 0); !ok {
@@ -138,7 +139,7 @@ func runServe(args []string, std Streams, logger *slog.Logger) int {
 		return guestapi.ExitInvalidConfig
 	}
 	syscall.Umask(0o022)
-	return instance.Run(instance.Params{
+	return instance.Run(ctx, instance.Params{
 		Config:      config,
 		Environ:     os.Environ(),
 		Signals:     signals,
@@ -204,14 +205,15 @@ func runSpool(ctx context.Context, args []string, std Streams, logger *slog.Logg
 
 // version tells what was built, from what, as far as the toolchain recorded it.
 func version() string {
-	text := "guest"
+	var text strings.Builder
+	text.WriteString("guest")
 	if info, ok := debug.ReadBuildInfo(); ok {
-		text += " " + info.Main.Version
+		text.WriteString(" " + info.Main.Version)
 		for _, setting := range info.Settings {
 			if setting.Key == "vcs.revision" {
-				text += " " + setting.Value
+				text.WriteString(" " + setting.Value)
 			}
 		}
 	}
-	return fmt.Sprintf("%s %s %s/%s", text, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+	return fmt.Sprintf("%s %s %s/%s", text.String(), runtime.Version(), runtime.GOOS, runtime.GOARCH)
 }

@@ -14,7 +14,7 @@ func TestRecordsAreLinesForPeople(t *testing.T) {
 		"Plain":                             func(l *slog.Logger) { l.Info("Plain") },
 		"warning: Some a=1 b=\"two words\"": func(l *slog.Logger) { l.Warn("Some", "a", 1, "b", "two words") },
 		`error: Bad error="first\nsecond"`:  func(l *slog.Logger) { l.Error("Bad", "error", errors.New("first\nsecond")) },
-		`"forged\nline" k=""`:               func(l *slog.Logger) { l.Info("forged\nline", "k", "") },
+		`"Forged\nline" k=""`:               func(l *slog.Logger) { l.Info("Forged\nline", "k", "") },
 		"Grouped a=1 g.b=2 g.h.c=3":         func(l *slog.Logger) { l.With("a", 1).WithGroup("g").Info("Grouped", "b", 2, slog.Group("h", "c", 3)) },
 		"Hidden key=[redacted]":             func(l *slog.Logger) { l.Info("Hidden", "key", guestapi.NewHostKey("pem")) },
 		`Quoted k="a=\"b\"" e="\x1b[31m"`:   func(l *slog.Logger) { l.Info("Quoted", "k", `a="b"`, "e", "\x1b[31m") },

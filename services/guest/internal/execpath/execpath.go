@@ -83,8 +83,7 @@ func ExitCode(err error) int {
 // Reason is the part of err that a person needs, without the names of system calls, and with what usually is behind
 // the two errors that mislead: a missing interpreter or loader, and a program for another processor.
 func Reason(err error) string {
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		switch errno {
 		case syscall.ENOENT:
 			return "the file exists, but its interpreter or dynamic loader does not"

@@ -62,7 +62,7 @@ func statValue(data []byte, key string) (uint64, error) {
 // ioTotals adds up io.stat, a nested keyed file with a line per device. Sums saturate.
 func ioTotals(data []byte) (read, write uint64, err error) {
 	for line := range bytes.Lines(data) {
-		for _, field := range strings.Fields(string(line)) {
+		for field := range strings.FieldsSeq(string(line)) {
 			key, value, ok := strings.Cut(field, "=")
 			if !ok || key != "rbytes" && key != "wbytes" {
 				continue

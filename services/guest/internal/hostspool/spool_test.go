@@ -263,8 +263,7 @@ printf x >/dev/udp/127.0.0.1/9
 nft -j list table inet cb_lab`, guestapi.CounterSetReceived, guestapi.CounterSetSent)
 	out, err := exec.CommandContext(t.Context(), "unshare", "--net", "bash", "-c", script).Output()
 	if err != nil {
-		var exitErr *exec.ExitError
-		if errors.As(err, &exitErr) {
+		if exitErr, ok := errors.AsType[*exec.ExitError](err); ok {
 			t.Fatalf("%v: %s", err, exitErr.Stderr)
 		}
 		t.Fatal(err)

@@ -44,8 +44,9 @@ type Params struct {
 	Logger *slog.Logger
 }
 
-// Run runs the instance and returns the process's exit code: the workload's, or one of guestapi's.
-func Run(p Params) int {
+// Run runs the instance and returns the process's exit code: the workload's, or one of guestapi's. It ends with its
+// workload or by a signal; the end of ctx takes SSH away and so counts as a failure of the guest.
+func Run(ctx context.Context, p Params) int {
 	hostKey, keys, err := parseKeys(p.Config)
 	if err != nil {
 		p.Logger.Error("The configuration is refused", "error", err)
@@ -67,15 +68,14 @@ func Run(p Params) int {
 		return guestapi.ExitGuestFailed
 	}
 	if err := p.Accounts.Ensure(p.Config.User); err != nil {
-		p.Logger.Warn("The login user could not be made, so it runs as "+p.Accounts.Login(p.Config.User).Name,
-			"user", p.Config.User, "reason", err)
+		p.Logger.Warn("The login user could not be made, so another is used",
+			"user", p.Config.User, "used", p.Accounts.Login(p.Config.User).Name, "reason", err)
 	}
 
 	work, err := startWorkload(p, env)
 	if err != nil {
 		p.Logger.Error("The workload cannot run", "reason", err)
-		var startErr *workload.StartError
-		if errors.As(err, &startErr) {
+		if startErr, ok := errors.AsType[*workload.StartError](err); ok {
 			return startErr.Code
 		}
 		return guestapi.ExitNotExecutable
@@ -83,7 +83,7 @@ func Run(p Params) int {
 
 	// Only now: an open port means that the workload runs.
 	var listen net.ListenConfig
-	listener, err := listen.Listen(context.Background(), "tcp", net.JoinHostPort("", strconv.Itoa(int(p.Config.ListenPort))))
+	listener, err := listen.Listen(ctx, "tcp", net.JoinHostPort("", strconv.Itoa(int(p.Config.ListenPort))))
 	if err != nil {
 		p.Logger.Error("The SSH port cannot be opened", "error", err)
 		if work != nil {
@@ -91,7 +91,8 @@ func Run(p Params) int {
 		}
 		return guestapi.ExitGuestFailed
 	}
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(ctx, listener) }()
 	p.Logger.Info("SSH is open", "port", p.Config.ListenPort, "user", p.Config.User)
@@ -198,13 +199,12 @@ func withHome(env []string, p Params, acct account.Account) []string {
 func parseKeys(config guestapi.Config) (gossh.Signer, []gossh.PublicKey, error) {
 	hostKey, err := gossh.ParsePrivateKey([]byte(config.HostKey.Reveal()))
 	if err != nil {
-		var encrypted *gossh.PassphraseMissingError
-		if errors.As(err, &encrypted) {
+		if _, ok := errors.AsType[*gossh.PassphraseMissingError](err); ok {
 			return nil, nil, errors.New("host_key_pem: is encrypted with a passphrase")
 		}
 		return nil, nil, errors.New("host_key_pem: is not a private key that SSH can use")
 	}
-	if hostKey.PublicKey().Type() == gossh.InsecureKeyAlgoDSA {
+	if hostKey.PublicKey().Type() == gossh.InsecureKeyAlgoDSA { //nolint:staticcheck // Named to be refused.
 		return nil, nil, errors.New("host_key_pem: DSA keys are not accepted")
 	}
 	keys := make([]gossh.PublicKey, 0, len(config.AuthorizedKeys))
@@ -216,7 +216,7 @@ func parseKeys(config guestapi.Config) (gossh.Signer, []gossh.PublicKey, error) 
 		if _, isCertificate := key.(*gossh.Certificate); isCertificate {
 			return nil, nil, fmt.Errorf("authorized_keys: key %d: certificates are not accepted", i)
 		}
-		if key.Type() == gossh.InsecureKeyAlgoDSA {
+		if key.Type() == gossh.InsecureKeyAlgoDSA { //nolint:staticcheck // Named to be refused.
 			return nil, nil, fmt.Errorf("authorized_keys: key %d: DSA keys are not accepted", i)
 		}
 		keys = append(keys, key)

@@ -127,11 +127,14 @@ func start(t *testing.T, command ...string) (signals chan os.Signal, ended chan 
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := free.Addr().(*net.TCPAddr)
+	address, ok := free.Addr().(*net.TCPAddr)
+	if !ok {
+		t.Fatalf("a TCP listener at %T", free.Addr())
+	}
 	_ = free.Close()
 	signals, ended, log = make(chan os.Signal, 1), make(chan int, 1), &syncBuffer{}
 	go func() {
-		ended <- Run(Params{
+		ended <- Run(t.Context(), Params{
 			Config: guestapi.Config{
 				Version: guestapi.ConfigVersion, HostKey: guestapi.NewHostKey(string(pem.EncodeToMemory(block))),
 				AuthorizedKeys: []string{string(gossh.MarshalAuthorizedKey(public))}, User: "compute",
@@ -146,13 +149,7 @@ func start(t *testing.T, command ...string) (signals chan os.Signal, ended chan 
 	}()
 	return signals, ended, log, func() *gossh.Client {
 		// A dial to a port that nothing listens on yet can, on loopback, connect to itself.
-		deadline := time.Now().Add(patience)
-		for !strings.Contains(log.String(), "SSH is open") {
-			if time.Now().After(deadline) {
-				t.Fatal("SSH was not opened")
-			}
-			time.Sleep(5 * time.Millisecond)
-		}
+		eventually(t, "SSH is open", func() bool { return strings.Contains(log.String(), "SSH is open") })
 		client, err := gossh.Dial("tcp", address.String(), &gossh.ClientConfig{
 			User: "compute", Auth: []gossh.AuthMethod{gossh.PublicKeys(signer)},
 			HostKeyCallback: gossh.FixedHostKey(public), Timeout: patience,
@@ -162,6 +159,21 @@ func start(t *testing.T, command ...string) (signals chan os.Signal, ended chan 
 		}
 		t.Cleanup(func() { _ = client.Close() })
 		return client
+	}
+}
+
+// eventually polls until ok, which is the only way to see another process's doing.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(patience)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("did not happen: %s", what)
+		}
 	}
 }
 
@@ -201,17 +213,12 @@ func TestStoppingEndsSessionsToo(t *testing.T) {
 			_ = os.Remove(trapped)
 			signals, ended, log, dial := start(t, tc.command...)
 			client := dial()
-			deadline := time.Now().Add(patience)
-			for tc.command != nil {
-				if _, err := os.Stat(trapped); err == nil {
-					break
-				}
-				if time.Now().After(deadline) {
-					t.Fatal("the workload does not run")
-				}
-				time.Sleep(5 * time.Millisecond)
-			}
-			if tc.command == nil {
+			if tc.command != nil {
+				eventually(t, "the workload runs", func() bool {
+					_, err := os.Stat(trapped)
+					return err == nil
+				})
+			} else {
 				signals <- syscall.SIGHUP // no reason to end
 			}
 			signals <- syscall.SIGTERM

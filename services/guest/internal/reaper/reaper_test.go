@@ -91,6 +91,21 @@ trap "echo TERM; exit 3" TERM; echo ready; while :; do sleep 0.01; done`)
 	}
 }
 
+// eventually polls until ok, which is the only way to see another process's doing.
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.After(20 * time.Second)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-tick.C:
+		case <-deadline:
+			t.Fatalf("did not happen: %s", what)
+		}
+	}
+}
+
 // children lists the children of all threads of a process.
 func children(t *testing.T, pid int) []string {
 	t.Helper()
@@ -118,17 +133,7 @@ func TestOrphansAreReapedOutsideOfPID1(t *testing.T) {
 	if got := line(t, out); got != "started" {
 		t.Fatal(got)
 	}
-	deadline := time.Now().Add(20 * time.Second)
-	for {
-		left := children(t, cmd.Process.Pid)
-		if len(left) == 1 {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("children left: %v", left)
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
+	eventually(t, "one child is left", func() bool { return len(children(t, cmd.Process.Pid)) == 1 })
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
@@ -146,16 +151,14 @@ func TestChildEndsWithAKilledReaper(t *testing.T) {
 	}
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
-	deadline := time.Now().Add(20 * time.Second)
-	for syscall.Kill(pid, 0) == nil {
-		if state, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid)); strings.Contains(string(state), ") Z ") {
-			break // nobody reaps it here, but it has ended
+	eventually(t, "the child ends", func() bool {
+		if syscall.Kill(pid, 0) != nil {
+			return true
 		}
-		if time.Now().After(deadline) {
-			t.Fatal("the child lives")
-		}
-		time.Sleep(5 * time.Millisecond)
-	}
+		// Nobody may reap it here, but it has ended.
+		state, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+		return strings.Contains(string(state), ") Z ")
+	})
 }
 
 func TestMissingProgram(t *testing.T) {

@@ -31,7 +31,7 @@ func Serve(in io.Reader, out io.WriteCloser) error {
 	if err != nil {
 		return fmt.Errorf("start sftp server: %w", err)
 	}
-	defer server.Close()
+	defer func() { _ = server.Close() }()
 	if err := server.Serve(); err != nil && !errors.Is(err, io.EOF) {
 		return fmt.Errorf("serve sftp: %w", err)
 	}

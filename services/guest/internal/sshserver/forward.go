@@ -196,7 +196,7 @@ func (r *remoteForwards) handle(ctx ssh.Context, _ *ssh.Server, req *gossh.Reque
 	stop := context.AfterFunc(ctx, func() { _ = listener.Close() })
 	go func() {
 		defer stop()
-		accept(listener, conn, want.Host, port)
+		accept(ctx, listener, conn, want.Host, port)
 		r.remove(key)
 	}()
 	if want.Port != 0 {
@@ -246,8 +246,8 @@ func (r *remoteForwards) remove(key forwardKey) {
 	r.unreserve(key.ctx)
 }
 
-// accept hands connections to the client until the listener is closed.
-func accept(listener net.Listener, conn *gossh.ServerConn, host string, port uint32) {
+// accept hands connections to the client until the listener is closed, which the end of ctx does.
+func accept(ctx context.Context, listener net.Listener, conn *gossh.ServerConn, host string, port uint32) {
 	defer listener.Close()
 	for {
 		incoming, err := listener.Accept()
@@ -255,7 +255,10 @@ func accept(listener net.Listener, conn *gossh.ServerConn, host string, port uin
 			var netErr net.Error
 			if errors.As(err, &netErr) && !errors.Is(err, net.ErrClosed) {
 				// Out of descriptors, or the peer has gone: the listener itself is fine.
-				time.Sleep(10 * time.Millisecond)
+				select {
+				case <-ctx.Done():
+				case <-time.After(10 * time.Millisecond):
+				}
 				continue
 			}
 			return

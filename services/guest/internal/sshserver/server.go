@@ -142,7 +142,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 
 	// A client that doesn't take its data holds up its session only until the connections are closed.
 	s.sessions.wait(s.opts.StopGrace + 2*flushTime)
-	flush, cancel := context.WithTimeout(context.Background(), flushTime)
+	flush, cancel := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
 	defer cancel()
 	_ = s.ssh.Shutdown(flush)
 	_ = s.ssh.Close()

@@ -139,7 +139,7 @@ func startServer(t *testing.T, shell bool, adjust func(*Options)) *fixture {
 		t.Fatal(err)
 	}
 	f.addr = listener.Addr().String()
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(ctx, listener) }()
 	f.stop = sync.OnceValue(func() error {
@@ -216,12 +216,15 @@ func finish(t *testing.T, err error, out, errOut *bytes.Buffer) (stdout, stderr,
 // eventually polls until ok, which is the only way to see another process's doing.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.After(patience)
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
 	for !ok() {
-		if time.Now().After(deadline) {
+		select {
+		case <-tick.C:
+		case <-deadline:
 			t.Fatalf("did not happen: %s", what)
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 }
 
@@ -962,23 +965,51 @@ func TestSlowHandshakeEndsAndIdleSessionsDoNot(t *testing.T) {
 func TestAnOfferedKeyIsNoLogin(t *testing.T) {
 	f := startServer(t, true, func(o *Options) { o.HandshakeTimeout = 500 * time.Millisecond })
 	// The client asks whether the key would do, which it would, and never signs.
-	config := f.config("compute", gossh.PublicKeys(neverSigns{f.clientKey}))
-	begin := time.Now()
-	client, err := gossh.Dial("tcp", f.addr, config)
+	dialed, err := net.Dial("tcp", f.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dialed.Close()
+	conn := &lossyConn{Conn: dialed, lost: make(chan struct{})}
+	config := f.config("compute", gossh.PublicKeys(neverSigns{f.clientKey, conn.lost}))
+	client, _, _, err := gossh.NewClientConn(conn, f.addr, config)
 	if err == nil {
 		_ = client.Close()
 		t.Fatal("logged in without a signature")
 	}
-	if time.Since(begin) > patience {
+	select {
+	case <-conn.lost:
+	default:
 		t.Error("the handshake was not ended")
 	}
 }
 
-// neverSigns has the public key only.
-type neverSigns struct{ gossh.Signer }
+// lossyConn tells when the other side has ended the connection.
+type lossyConn struct {
+	net.Conn
+	once sync.Once
+	lost chan struct{}
+}
+
+func (c *lossyConn) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		c.once.Do(func() { close(c.lost) })
+	}
+	return n, err
+}
+
+// neverSigns has the public key only, and takes longer than the handshake may.
+type neverSigns struct {
+	gossh.Signer
+	lost <-chan struct{}
+}
 
 func (n neverSigns) Sign(io.Reader, []byte) (*gossh.Signature, error) {
-	time.Sleep(time.Second) // longer than the handshake may take
+	select {
+	case <-n.lost:
+	case <-time.After(patience):
+	}
 	return nil, errors.New("no private key")
 }
 

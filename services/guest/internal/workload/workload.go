@@ -99,8 +99,7 @@ func startError(code int, format string, args ...any) error {
 }
 
 func reason(err error) error {
-	var errno syscall.Errno
-	if errors.As(err, &errno) {
+	if errno, ok := errors.AsType[syscall.Errno](err); ok {
 		return errno
 	}
 	return err
