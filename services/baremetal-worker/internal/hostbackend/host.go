@@ -54,6 +54,8 @@ const (
 const (
 	maxRecordBytes = 64 << 10
 	maxGuestBytes  = 256 << 20
+	// maxMountsBytes is for thousands of grants with a handful of mounts each.
+	maxMountsBytes = 16 << 20
 )
 
 // host is one of the operator's machines: its connection, what speaks over it,

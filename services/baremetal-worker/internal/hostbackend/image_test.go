@@ -2,6 +2,7 @@ package hostbackend
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -116,7 +117,9 @@ func TestWorkloadThatExits(t *testing.T) {
 func ended(t *testing.T, s *site, p backend.Provisioned, reason backend.EndReason, code int32) backend.ComputeLog {
 	t.Helper()
 	var last backend.Event
-	err := s.runtime.WatchUntilExit(caller(t.Context()), p.Instance.Handle, func(e backend.Event) error { last = e; return nil })
+	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
+	defer cancel()
+	err := s.runtime.WatchUntilExit(caller(ctx), p.Instance.Handle, func(e backend.Event) error { last = e; return nil })
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -97,6 +97,14 @@ func (h *host) removeLeftovers(ctx context.Context, found *facts, r record) erro
 	if err != nil {
 		return backenderr.Wrap(backenderr.Internal, err, "render clean-up")
 	}
+	switch mounted, err := h.mounted(ctx, w.disk()); {
+	case err != nil:
+		return err
+	case !mounted:
+		// The container's records were on the disk. podman would begin a store
+		// of another kind in the empty directory.
+		commands = commands[1:]
+	}
 	var failed []error
 	for _, c := range commands {
 		result, err := h.conn.Run(ctx, sshconn.Command{Args: c.Args, Timeout: commandTimeout})
@@ -139,14 +147,20 @@ func (h *host) leftovers(ctx context.Context, w workload) (string, error) {
 			return "network " + n.Name, nil
 		}
 	}
-	mounted, err := h.fs.ReadDir(ctx, w.disk())
-	if err != nil && !isMissing(err) {
+	mounted, err := h.mounted(ctx, w.disk())
+	if err != nil {
 		return "", err
 	}
-	if len(mounted) > 0 {
+	if mounted {
 		return "mount " + w.disk(), nil
 	}
 	return "", nil
+}
+
+// mounted reports whether something is mounted on a directory.
+func (h *host) mounted(ctx context.Context, dir string) (bool, error) {
+	mounts, err := h.fs.ReadFile(ctx, "/proc/self/mounts", maxMountsBytes)
+	return strings.Contains(string(mounts), " "+dir+" "), err
 }
 
 // watch blocks until the grant's unit no longer runs.

@@ -176,9 +176,9 @@ func (w workload) unit() (systemd.Unit, error) {
 	}, nil
 }
 
-// cleanup renders what takes everything of a grant away but its directory. It
-// runs in the unit, and again by the worker if anything of it is left; each
-// command does no harm if there is nothing.
+// cleanup renders what takes everything of a grant away but its directory, the
+// container first. It runs in the unit, and again by the worker if anything of
+// it is left; each command does no harm if there is nothing.
 func (w workload) cleanup() ([]systemd.Exec, error) {
 	remove, errRemove := podman.RemoveArgs(w.engine(), w.names.stem())
 	network, errNetwork := podman.NetworkRemoveArgs(podman.Engine{}, w.names.stem())
