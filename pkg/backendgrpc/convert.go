@@ -72,8 +72,7 @@ func GrantToProto(g backend.Grant) *bridgev1.Grant {
 		p.Ports = append(p.Ports, portToProto(port))
 	}
 	if len(g.Environment) > 0 {
-		p.Environment = make(map[string]string, len(g.Environment))
-		maps.Copy(p.Environment, g.Environment)
+		p.Environment = maps.Clone(g.Environment)
 	}
 	return p
 }
@@ -102,8 +101,7 @@ func GrantFromProto(p *bridgev1.Grant) backend.Grant {
 		g.Ports = append(g.Ports, portFromProto(port))
 	}
 	if len(p.GetEnvironment()) > 0 {
-		g.Environment = make(map[string]string, len(p.GetEnvironment()))
-		maps.Copy(g.Environment, p.GetEnvironment())
+		g.Environment = maps.Clone(p.GetEnvironment())
 	}
 	return g
 }

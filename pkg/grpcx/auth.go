@@ -2,6 +2,7 @@ package grpcx
 
 import (
 	"context"
+	"slices"
 	"strconv"
 
 	"google.golang.org/grpc/credentials"
@@ -68,10 +69,8 @@ func (a *authenticator) authenticate(ctx context.Context, method string) (contex
 		return nil, err
 	}
 	if roles, known := methodRoles[method]; known {
-		for _, role := range roles {
-			if role == caller.Role {
-				return backend.WithCaller(ctx, caller), nil
-			}
+		if slices.Contains(roles, caller.Role) {
+			return backend.WithCaller(ctx, caller), nil
 		}
 		return nil, backenderr.New(backenderr.CallerDenied, "%s has role %s, which may not call %s", caller.Identity, caller.Role, method).
 			WithCreated(backenderr.CreatedNone)

@@ -9,8 +9,8 @@ import (
 
 func TestServerConfigNamesWhatIsWrong(t *testing.T) {
 	t.Parallel()
-	files := newAuthority(t, "ca").issue(t, leaf{uri: "spiffe://x/a"})
-	other := newAuthority(t, "ca").issue(t, leaf{uri: "spiffe://x/b"})
+	files := newAuthority(t).issue(t, leaf{uri: "spiffe://x/a"})
+	other := newAuthority(t).issue(t, leaf{uri: "spiffe://x/b"})
 	valid := func() ServerConfig {
 		return ServerConfig{
 			Listen:  []ListenConfig{{Address: "127.0.0.1:0"}, {Address: "unix:/run/x.sock"}, {Address: "[::1]:1", Insecure: true}, {Address: "localhost:1", Insecure: true}},

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -69,13 +70,13 @@ func newReloader(c TLSConfig) (*reloader, error) {
 
 // stamp changes when a file does.
 func (t TLSConfig) stamp() string {
-	stamp := ""
+	var stamp strings.Builder
 	for _, f := range []config.Path{t.CertFile, t.KeyFile, t.CAFile} {
 		if info, err := os.Stat(string(f)); err == nil {
-			stamp += fmt.Sprintf("%d %d;", info.ModTime().UnixNano(), info.Size())
+			fmt.Fprintf(&stamp, "%d %d;", info.ModTime().UnixNano(), info.Size())
 		}
 	}
-	return stamp
+	return stamp.String()
 }
 
 func (r *reloader) files() *files {
@@ -211,7 +212,7 @@ func (c *clientCredentials) ServerHandshake(net.Conn) (net.Conn, credentials.Aut
 
 // Info implements credentials.TransportCredentials.
 func (c *clientCredentials) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "tls", ServerName: c.serverName}
+	return credentials.ProtocolInfo{SecurityProtocol: "tls", ServerName: c.serverName} //nolint:staticcheck // the channel's authority follows from it
 }
 
 // Clone implements credentials.TransportCredentials.

@@ -96,7 +96,7 @@ func serve(t *testing.T, c ServerConfig) *running {
 		t.Fatal(err)
 	}
 	bridgev1.RegisterBackendServiceServer(r, r.service)
-	ctx, stop := context.WithCancel(context.Background())
+	ctx, stop := context.WithCancel(t.Context())
 	r.stop = stop
 	go func() {
 		r.done <- r.Run(ctx, time.Second)
@@ -158,7 +158,7 @@ func eventually(t *testing.T, what string, holds func() bool) {
 
 func TestIdentityIsThatOfTheCertificate(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t, "ca")
+	ca := newAuthority(t)
 	r := serve(t, ServerConfig{
 		Listen: []ListenConfig{{Address: "127.0.0.1:0"}},
 		TLS:    ca.issue(t, leaf{uri: "spiffe://x/server"}),
@@ -188,7 +188,7 @@ func TestIdentityIsThatOfTheCertificate(t *testing.T) {
 
 func TestHandshakeIsRefused(t *testing.T) {
 	t.Parallel()
-	ca, other := newAuthority(t, "ca"), newAuthority(t, "ca")
+	ca, other := newAuthority(t), newAuthority(t)
 	r := serve(t, ServerConfig{
 		Listen: []ListenConfig{{Address: "127.0.0.1:0"}}, TLS: ca.issue(t, leaf{dns: "server.example"}),
 		Clients: []ClientEntry{{Identity: "alice", Role: "client"}},
@@ -231,7 +231,7 @@ func TestHandshakeIsRefused(t *testing.T) {
 
 func TestCertificatesReloadWithoutARestart(t *testing.T) {
 	t.Parallel()
-	before, after := newAuthority(t, "ca"), newAuthority(t, "ca")
+	before, after := newAuthority(t), newAuthority(t)
 	serverFiles, clientFiles := before.issue(t, leaf{cn: "server"}), before.issue(t, leaf{cn: "alice"})
 	c := ServerConfig{
 		Listen: []ListenConfig{{Address: "127.0.0.1:0"}}, TLS: serverFiles,
@@ -453,10 +453,10 @@ func TestStopDrainsThenCuts(t *testing.T) {
 	handle := strings.Repeat("a", 64)
 	finished := make(chan error, 1)
 	go func() {
-		_, err := client.Terminate(context.Background(), &bridgev1.TerminateRequest{Handle: handle})
+		_, err := client.Terminate(t.Context(), &bridgev1.TerminateRequest{Handle: handle})
 		finished <- err
 	}()
-	stream, err := client.WatchUntilExit(context.Background(), &bridgev1.WatchUntilExitRequest{Handle: handle})
+	stream, err := client.WatchUntilExit(t.Context(), &bridgev1.WatchUntilExitRequest{Handle: handle})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -493,7 +493,7 @@ func TestStopDrainsThenCuts(t *testing.T) {
 
 func TestProcessAsksItsOwnHealth(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t, "ca")
+	ca := newAuthority(t)
 	c := ServerConfig{
 		Listen: []ListenConfig{{Address: "127.0.0.1:0"}}, TLS: ca.issue(t, leaf{dns: "server.example"}),
 		Clients: []ClientEntry{{Identity: "alice", Role: "client"}},
