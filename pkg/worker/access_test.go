@@ -228,6 +228,11 @@ func TestWatchersGetEveryStateAndShareNothing(t *testing.T) {
 			time.Sleep(time.Minute) //nolint:forbidigo // time in a bubble
 			return s.driver.make(ctx, o)
 		})
+		// A state that lasts no time may be passed over.
+		script(s.driver, &s.driver.terminate, func(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error) {
+			time.Sleep(time.Minute) //nolint:forbidigo // time in a bubble
+			return nil, s.driver.gone(ctx, id)
+		})
 		g, e := grantFor(t, 1)
 		call := s.begin(as(t, alice), g, e)
 		synctest.Wait()
