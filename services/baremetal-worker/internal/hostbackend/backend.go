@@ -238,8 +238,8 @@ func (b *Backend) Terminate(ctx context.Context, id backend.GrantID) (*backend.C
 }
 
 // hostsOf returns the hosts that may have something of a grant: those of the
-// attempts that aren't known to be gone and the one that holds a reservation;
-// all of them for a grant that the ledger doesn't know.
+// attempts and the one that holds a reservation; all of them for a grant that
+// the ledger doesn't know.
 func (b *Backend) hostsOf(id backend.GrantID, attempts []worker.Attempt) ([]*host, error) {
 	if len(attempts) == 0 {
 		// Nobody insists on an end of what perhaps never was: a host that can't
@@ -256,8 +256,15 @@ func (b *Backend) hostsOf(id backend.GrantID, attempts []worker.Attempt) ([]*hos
 		names = append(names, r.Host)
 	}
 	for _, a := range attempts {
-		if !a.Gone {
+		switch h := b.byName[a.Placement]; {
+		case !a.Gone:
 			names = append(names, a.Placement)
+		case h != nil:
+			// Confirmed gone, and yet a sweep may have found it: somebody brought
+			// the host's disk back. Nobody waits for such a host.
+			if _, err := h.ready(); err == nil {
+				names = append(names, a.Placement)
+			}
 		}
 	}
 	slices.Sort(names)
