@@ -1,8 +1,6 @@
 package backendtest
 
 import (
-	"fmt"
-
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 )
@@ -75,7 +73,7 @@ func (e *env) crashes(points []string, scenario func(fault func(backend.GrantID)
 	for _, point := range points {
 		for _, kind := range []FaultKind{FaultCrashBefore, FaultCrashAfter} {
 			scenario(func(id backend.GrantID) Injection {
-				e.Log(fmt.Sprintf("%s %s", kind, point))
+				e.Logf("%s %s", kind, point)
 				return e.f.Inject(Fault{Point: point, Kind: kind, GrantID: id})
 			})
 		}

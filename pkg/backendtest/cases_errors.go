@@ -182,6 +182,14 @@ func (e *env) mix(d time.Duration) {
 	for n := range 4 {
 		ctx := e.ctx()
 		callers.Go(func() {
+			var watches []*watcher
+			defer func() {
+				for _, w := range watches {
+					if err := <-w.done; err != nil {
+						e.Errorf("WatchUntilExit: %s", describe(err))
+					}
+				}
+			}()
 			for round := 0; time.Now().Before(stop); round++ {
 				g, envelope := e.grant()
 				p, err := e.b.Provision(ctx, g, envelope)
@@ -193,8 +201,7 @@ func (e *env) mix(d time.Duration) {
 					if _, err := e.b.Capabilities(ctx); err != nil {
 						e.Errorf("Capabilities: %s", describe(err))
 					}
-					w := e.watch(ctx, p.Instance.Handle)
-					defer func() { <-w.done }()
+					watches = append(watches, e.watch(ctx, p.Instance.Handle))
 				}
 				if t, err := e.b.Terminate(ctx, p.Instance.Handle); err != nil || t.State != backend.StateTerminated {
 					e.Errorf("Terminate: %s, %s", t.State, describe(err))

@@ -530,7 +530,7 @@ func provisionCases() []testCase {
 			var calls []<-chan outcome
 			for n := range 12 {
 				ctx, cancel := context.WithCancel(e.ctx())
-				defer cancel()
+				e.Cleanup(cancel)
 				calls = append(calls, e.begin(ctx, g, envelope))
 				if n%3 == 2 {
 					cancel()

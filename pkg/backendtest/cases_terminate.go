@@ -191,9 +191,14 @@ func terminateCases() []testCase {
 		}},
 		{name: "terminate/is honest while it can't finish", needs: []need{needInject}, run: func(e *env) {
 			g, envelope, p := e.ready()
+			var faults []Injection
+			defer func() {
+				for _, fault := range faults {
+					fault.Release()
+				}
+			}()
 			for _, point := range e.f.DeletePoints {
-				fault := e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID, Always: true})
-				defer fault.Release()
+				faults = append(faults, e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID, Always: true}))
 			}
 			ctx, cancel := context.WithTimeout(e.ctx(), 1200*time.Millisecond)
 			defer cancel()

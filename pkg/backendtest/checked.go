@@ -176,7 +176,7 @@ func (c *checked) Terminate(ctx context.Context, h backend.Handle) (backend.Term
 // checkProvisioned checks that an answer is complete.
 func checkProvisioned(e *env, g backend.Grant, p backend.Provisioned) {
 	i, r := p.Instance, p.Receipt
-	name, err := e.b.Name(backend.WithCaller(context.Background(), owner))
+	name, err := e.b.Name(backend.WithCaller(e.Context(), owner))
 	for what, wrong := range map[string]bool{
 		"instance: grant id":                      i.GrantID != g.ID,
 		"instance: handle names another grant":    !names(i.Handle, g.ID),
@@ -225,6 +225,7 @@ func countKeys(r backend.Receipt) int {
 
 // checkCapabilities checks that capabilities make sense.
 func checkCapabilities(t testing.TB, c backend.Capabilities) {
+	t.Helper()
 	if c.ObservedAt.IsZero() && !c.Stale {
 		t.Errorf("capabilities don't say when they were observed")
 	}

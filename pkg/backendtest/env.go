@@ -26,9 +26,9 @@ const defaultPatience = 20 * time.Second
 
 // The callers that the suite plays.
 var (
-	owner    = backend.Caller{Identity: "backendtest-owner", Role: backend.RoleClient}
-	stranger = backend.Caller{Identity: "backendtest-stranger", Role: backend.RoleClient}
-	operator = backend.Caller{Identity: "backendtest-operator", Role: backend.RoleOperator}
+	owner    = backend.Caller{Identity: "backendtest-owner", Role: backend.RoleClient}      //nolint:gochecknoglobals // A constant: Go has none of a struct type.
+	stranger = backend.Caller{Identity: "backendtest-stranger", Role: backend.RoleClient}   //nolint:gochecknoglobals // As above.
+	operator = backend.Caller{Identity: "backendtest-operator", Role: backend.RoleOperator} //nolint:gochecknoglobals // As above.
 )
 
 // env is what a case works with.
@@ -204,7 +204,8 @@ func (e *env) eventually(what string, holds func() bool) {
 
 // left returns the names of what the provider holds for a grant, or for all.
 func (e *env) left(ids ...backend.GrantID) []string {
-	ctx, cancel := context.WithTimeout(context.Background(), e.patience)
+	// It is also asked when the case is over.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(e.Context()), e.patience)
 	defer cancel()
 	all, err := e.f.Leftovers(ctx)
 	if err != nil {
@@ -358,8 +359,9 @@ func (e *env) finish() {
 func (e *env) end(id backend.GrantID) {
 	e.Helper()
 	deadline := time.Now().Add(e.patience)
+	base := backend.WithCaller(context.WithoutCancel(e.Context()), operator) // The case may be over.
 	for {
-		ctx, cancel := context.WithDeadline(backend.WithCaller(context.Background(), operator), deadline)
+		ctx, cancel := context.WithDeadline(base, deadline)
 		t, err := e.b.Terminate(ctx, e.handle(id))
 		cancel()
 		switch {

@@ -147,6 +147,7 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 }
 
 func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
+	t.Helper()
 	line, _ := newLogin(t)
 	fixture := &Fixture{
 		Backend: f.start(t),
@@ -212,6 +213,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 		},
 		ReadPoint: string(backendfake.OpList),
 		Reopen: func(t testing.TB) backend.Backend {
+			t.Helper()
 			f.stop()
 			if f.broken.amnesia {
 				f.ledger = openLedger(t)

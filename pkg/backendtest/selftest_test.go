@@ -428,6 +428,7 @@ func (a anybody) Terminate(ctx context.Context, h backend.Handle) (backend.Termi
 // hasty makes broken backends fail soon.
 func hasty(open func(testing.TB) *Fixture) func(testing.TB) *Fixture {
 	return func(t testing.TB) *Fixture {
+		t.Helper()
 		f := open(t)
 		f.Patience = time.Second
 		return f
@@ -459,6 +460,7 @@ func TestNothingIsLeftOutSilently(t *testing.T) {
 	} {
 		open := openFake(plain, breakage{})
 		failures := record(t, func(t testing.TB) *Fixture {
+			t.Helper()
 			f := open(t)
 			take(f)
 			return f
