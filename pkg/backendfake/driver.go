@@ -690,7 +690,9 @@ func (d *Driver) Terminate(ctx context.Context, id backend.GrantID) (*backend.Co
 	}
 	for _, v := range views {
 		if v.id == id {
-			numbers[v.attempt] = numbers[v.attempt]
+			if _, began := numbers[v.attempt]; !began {
+				numbers[v.attempt] = false
+			}
 		}
 	}
 	for n, began := range numbers {

@@ -67,7 +67,7 @@ func TestPlatformEndsInstancesAtTheirDeadline(t *testing.T) {
 			t.Errorf("it booted for %s, want 1s", booted)
 		}
 		from.kill()
-		time.Sleep(time.Until(r.validTo))
+		<-time.After(time.Until(r.validTo))
 		synctest.Wait()
 		if p.Running(r.id) != 0 {
 			t.Errorf("it runs after its deadline")
@@ -92,7 +92,7 @@ func TestDeleteTakesTimeAndReadsLag(t *testing.T) {
 		if views, err := p.list(t.Context(), from, "test"); err != nil || len(views) != 0 {
 			t.Errorf("list shows %d instances before they are visible (%v)", len(views), err)
 		}
-		time.Sleep(time.Second)
+		<-time.After(time.Second)
 		if views, err := p.list(t.Context(), from, "other"); err != nil || len(views) != 0 {
 			t.Errorf("list shows %d instances of another bridge (%v)", len(views), err)
 		}

@@ -49,7 +49,7 @@ func startSSH(r request) (*sshServer, error) {
 		return &ssh.Permissions{}, nil
 	}}
 	config.AddHostKey(hostKey)
-	listener, err := (&net.ListenConfig{}).Listen(context.Background(), "tcp", net.JoinHostPort(loopback, "0"))
+	listener, err := net.Listen("tcp", net.JoinHostPort(loopback, "0"))
 	if err != nil {
 		return nil, fmt.Errorf("listen: %w", err)
 	}
