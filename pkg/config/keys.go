@@ -24,13 +24,11 @@ func dotted(parts []string) string {
 	return strings.Join(out, ".")
 }
 
-var textUnmarshaler = reflect.TypeFor[encoding.TextUnmarshaler]()
-
 // tableOf strips pointers and slices and reports whether a type is written as a
 // table whose keys are known.
 func tableOf(t reflect.Type) (reflect.Type, bool) {
 	for {
-		if reflect.PointerTo(t).Implements(textUnmarshaler) {
+		if reflect.PointerTo(t).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()) {
 			return t, false
 		}
 		switch t.Kind() {
@@ -46,7 +44,6 @@ func tableOf(t reflect.Type) (reflect.Type, bool) {
 func fields(t reflect.Type) map[string]reflect.Type {
 	all := map[string]reflect.Type{}
 	for f := range t.Fields() {
-		f := f
 		name, _, _ := strings.Cut(f.Tag.Get("toml"), ",")
 		switch {
 		case name == "-":
@@ -137,7 +134,7 @@ func (w *keyWalker) value(t reflect.Type, path []string, v *unstable.Node) {
 	}
 	switch v.Kind { //nolint:exhaustive // Others are written otherwise.
 	case unstable.Integer, unstable.Float, unstable.Bool:
-		if leaf, _ := tableOf(t); reflect.PointerTo(leaf).Implements(textUnmarshaler) {
+		if leaf, _ := tableOf(t); reflect.PointerTo(leaf).Implements(reflect.TypeFor[encoding.TextUnmarshaler]()) {
 			start := w.parser.Shape(v.Raw).Start
 			w.problems = append(w.problems, fmt.Errorf(":%d:%d: %s: want a string, got %s",
 				start.Line, start.Column, dotted(path), v.Data))

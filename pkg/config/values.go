@@ -111,18 +111,13 @@ func anchored(path, dir string) string {
 	return filepath.Join(dir, path)
 }
 
-var (
-	pathType   = reflect.TypeFor[Path]()
-	secretType = reflect.TypeFor[SecretFile]()
-)
-
 // resolve anchors the paths below v and reads its secrets.
 func resolve(v reflect.Value, key, dir string) []error {
 	switch v.Type() {
-	case pathType:
+	case reflect.TypeFor[Path]():
 		v.SetString(anchored(v.String(), dir))
 		return nil
-	case secretType:
+	case reflect.TypeFor[SecretFile]():
 		s, ok := reflect.TypeAssert[*SecretFile](v.Addr())
 		if !ok || s.path == "" {
 			return nil
