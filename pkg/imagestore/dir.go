@@ -62,7 +62,7 @@ func (s *dirStore) Open(ctx context.Context, image Image) (io.ReadCloser, int64,
 
 // contextReader fails once its context ends.
 type contextReader struct {
-	ctx context.Context
+	ctx context.Context //nolint:containedctx // It belongs to one call of Open.
 	r   io.Reader
 }
 

@@ -82,7 +82,7 @@ func (s *httpStore) Open(ctx context.Context, image Image) (_ io.ReadCloser, _ i
 	if err != nil {
 		return nil, 0, fmt.Errorf("%w: %w", ErrInvalidPointer, err)
 	}
-	resp, err := s.client.Do(req)
+	resp, err := s.client.Do(req) //nolint:bodyclose // Closed with b, by the caller or above.
 	b.watchdog.Stop()
 	if err != nil {
 		return nil, 0, b.wrap(err)

@@ -218,7 +218,8 @@ func TestLiveClaimsLeavesOutTheEnded(t *testing.T) {
 	if diff := cmp.Diff(map[string]int{"": n - 1, "cloud": 124, "metal": n - 1 - 124}, counts); diff != "" {
 		t.Errorf("live claims (-want +got):\n%s", diff)
 	}
-	for range l.LiveClaims(t.Context(), "") {
+	for _, err := range l.LiveClaims(t.Context(), "") {
+		must(t, err)
 		break // A caller may stop early.
 	}
 }

@@ -48,9 +48,9 @@ type Program[C any] struct {
 // Main runs the program with the process's own arguments and exits. The first
 // SIGINT or SIGTERM stops it in order, a second one at once.
 func (p Program[C]) Main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM) //nolint:forbidigo // It is all that main calls.
 	context.AfterFunc(ctx, stop)
-	os.Exit(p.Execute(ctx, os.Args[1:], os.Stdout, os.Stderr))
+	os.Exit(p.Execute(ctx, os.Args[1:], os.Stdout, os.Stderr)) //nolint:forbidigo // As above; nothing is deferred here.
 }
 
 // Execute is the command line. It returns the exit code: 0 done, 1 failed, 2

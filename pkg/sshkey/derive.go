@@ -64,7 +64,7 @@ func (d *Deriver) HostKey(requestID [32]byte, attempt uint32) (KeyPair, error) {
 	}
 	// Only the epoch varies in length, and its length goes before it, so that
 	// no two inputs share an encoding.
-	info := append([]byte(hostKeyLabel), 0, byte(len(d.epoch)))
+	info := append([]byte(hostKeyLabel), 0, byte(len(d.epoch))) //nolint:gosec // NewDeriver bounds it.
 	info = append(info, d.epoch...)
 	info = append(info, requestID[:]...)
 	info = binary.BigEndian.AppendUint32(info, attempt)
