@@ -101,6 +101,12 @@ func bootHost(orderPath string) error {
 	if err := unix.Chdir("/"); err != nil {
 		return err
 	}
+	// systemd does so on a machine, and leaves it to others where it takes itself
+	// to be in a container. Without it, what conmon has podman clean up after a
+	// container that ended by itself doesn't see its network namespace.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SHARED, ""); err != nil {
+		return fmt.Errorf("share mounts: %w", err)
+	}
 	for _, drop := range []uintptr{unix.CAP_SYS_MODULE, unix.CAP_SYS_TIME, unix.CAP_SYSLOG} {
 		if err := unix.Prctl(unix.PR_CAPBSET_DROP, drop, 0, 0, 0); err != nil {
 			return fmt.Errorf("drop capability %d: %w", drop, err)
