@@ -15,6 +15,7 @@ import (
 // What is wrong with a configuration is said at once, by key, and nothing
 // starts.
 func TestBadBoots(t *testing.T) {
+	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{})
 	b := newSite(t, site.Host{Host: host})
 	worker, router := b.workerConfig(b.workers[0]), b.routerConfig()
@@ -121,6 +122,7 @@ func (b *bridge) saysAll(r result, code int, texts []string) {
 
 // The command line that operators and container platforms use.
 func TestCommandLine(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	for program, config := range map[string]string{"router": b.RouterConfigFile(), "baremetal-worker": b.workers[0].ConfigFile()} {
 		b.says(b.run(b.cmd(operator, program, "-config", config, "-check-config")), 0, "valid")
@@ -150,6 +152,7 @@ func TestCommandLine(t *testing.T) {
 // With lenient_boot a worker starts without its hosts, which join when they
 // come.
 func TestALenientBoot(t *testing.T) {
+	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{})
 	b := newSite(t, site.Host{Host: host})
 	text := strings.Replace(b.workerConfig(b.workers[0]), "[backend]\n", "[backend]\nlenient_boot = true\nconnect_timeout = \"2s\"\n", 1)

@@ -52,6 +52,7 @@ func (b *bridge) curl(identity string, args ...string) string {
 // The contract can be used with grpcurl alone: on the router and on the worker,
 // over mTLS and over their unix sockets.
 func TestGrpcurlNeedsNoMoreThanReflection(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	worker := b.workers[0]
 	for name, target := range map[string]struct {
@@ -167,6 +168,7 @@ func (b *bridge) request() map[string]any {
 // Who isn't listed, shows no certificate of the authority, or speaks plaintext,
 // gets nothing; and a role allows no more than it says.
 func TestCallersAreRefused(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	worker := b.workers[0].Addr()
 
@@ -215,6 +217,7 @@ func TestCallersAreRefused(t *testing.T) {
 
 // Prometheus finds metrics of both processes.
 func TestMetricsAreServed(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	p := b.provision(own()...)
 	for address, want := range map[string][]string{

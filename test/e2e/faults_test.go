@@ -20,6 +20,7 @@ func newHost(t *testing.T, maxInstances int) site.Host {
 
 // A worker that is stopped leaves tenants running, and the next one knows them.
 func TestAStoppedWorkerLeavesTenantsToTheNext(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	p := b.provision(own()...)
 	watch := b.start("watch", p.Instance.id())
@@ -69,6 +70,7 @@ func hasText(text, want string) error {
 // A deadline that passes while the worker is dead ends the instance, and the
 // next worker closes the books.
 func TestADeadlineWhileTheWorkerIsDead(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	p := b.provision("--for", "8s", "--ssh-key", "requester.pub")
 	w := b.workers[0]
@@ -105,6 +107,7 @@ func TestADeadlineWhileTheWorkerIsDead(t *testing.T) {
 
 // A router holds no instance: it can die at any moment.
 func TestARouterDiesWhileAGrantIsMadeAndWatched(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	big, err := b.AddImage(t.Context(), ociimage.Big)
 	if err != nil {
@@ -145,6 +148,7 @@ func TestARouterDiesWhileAGrantIsMadeAndWatched(t *testing.T) {
 
 // An interrupted provision takes the grant back.
 func TestAnInterruptedProvisionLeavesNothing(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	big, err := b.AddImage(t.Context(), ociimage.Big)
 	if err != nil {

@@ -20,6 +20,7 @@ func part(request map[string]any, path ...string) map[string]any {
 
 // Bad grants are refused by field, through the router, before anything is made.
 func TestBadGrants(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	zeros := base64.StdEncoding.EncodeToString(make([]byte, 32))
 	in := func(d time.Duration) string { return time.Now().Add(d).UTC().Format(time.RFC3339) }
@@ -97,6 +98,7 @@ func TestBadGrants(t *testing.T) {
 // What tries to be shell, a specifier, a variable, a path or nft syntax stays a
 // string.
 func TestStringsStayStrings(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	values := map[string]string{
 		"SHELL_1": `$(touch /tmp/owned); ` + "`id`" + ` && "quoted" 'single' \\ !`, "SPECIFIER": "%i %n %%", "VARIABLE": "$HOME ${PATH}",
@@ -117,6 +119,7 @@ func TestStringsStayStrings(t *testing.T) {
 
 // Images that can't be had or run give an error of their own, and leave nothing.
 func TestBadImages(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	images := map[ociimage.Kind]string{}
 	for _, kind := range []ociimage.Kind{ociimage.NotOCI, ociimage.Corrupt, ociimage.Exit3, ociimage.Distroless} {
@@ -128,14 +131,16 @@ func TestBadImages(t *testing.T) {
 	}
 	tampered := "sha256:" + strings.Repeat("ab", 32)
 	b.write(b.Path("images", strings.Replace(tampered, ":", "/", 1)), "these are other bytes\n")
-	for name, c := range map[string]struct{ digest, reason string }{
-		"not in the store":     {"sha256:" + strings.Repeat("01", 32), "IMAGE_UNAVAILABLE"},
-		"other bytes in store": {tampered, "IMAGE_HASH_MISMATCH"},
-		"no OCI image":         {images[ociimage.NotOCI], "IMAGE_INVALID"},
-		"a broken layer":       {images[ociimage.Corrupt], "IMAGE_INVALID"},
-		"it exits at once":     {images[ociimage.Exit3], "WORKLOAD_FAILED"},
+	// The broken layer comes before images that have the same one unbroken, which
+	// podman would take in its place.
+	for _, c := range []struct{ name, digest, reason string }{
+		{"not in the store", "sha256:" + strings.Repeat("01", 32), "IMAGE_UNAVAILABLE"},
+		{"other bytes in the store", tampered, "IMAGE_HASH_MISMATCH"},
+		{"no OCI image", images[ociimage.NotOCI], "IMAGE_INVALID"},
+		{"a broken layer", images[ociimage.Corrupt], "IMAGE_INVALID"},
+		{"it exits at once", images[ociimage.Exit3], "WORKLOAD_FAILED"},
 	} {
-		t.Run(name, func(t *testing.T) {
+		t.Run(c.name, func(t *testing.T) {
 			b := b.in(t)
 			b.image = c.digest
 			b.refused(market, 9, []string{c.reason}, b.grantArgs(own()...)...)

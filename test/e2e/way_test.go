@@ -18,6 +18,7 @@ import (
 // The main job: a grant through the router becomes a container that OpenSSH's
 // clients log in to, and when it ends everything is gone and the usage is known.
 func TestAGrantFromProvisionToComputeLog(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	card := b.ok(market, "card")
 	for _, want := range []string{"e2e", "metal1", "lab", "container", "platform"} {
@@ -162,6 +163,7 @@ func answers(ctx context.Context, address, want string) error {
 // Without a key of its own, a requester gets one that is sealed to it and never
 // is on a disk.
 func TestASealedLoginKey(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t)
 	p := b.provision("--for", "1h", "--seal")
 	if p.Receipt.Sealed == nil || p.Receipt.Requester != nil {
@@ -194,6 +196,7 @@ func TestASealedLoginKey(t *testing.T) {
 // The first worker in the operator's order gets a grant while it has room; then
 // the next one.
 func TestAFullWorkerIsPassedOver(t *testing.T) {
+	t.Parallel()
 	b := newBridge(t, newHost(t, 1), newHost(t, 1))
 	first, second := b.provision(own()...), b.provision(own()...)
 	if first.Instance.Backend != "metal1" || second.Instance.Backend != "metal2" {

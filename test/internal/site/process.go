@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -36,19 +37,29 @@ func (s *Site) Start(ctx context.Context, name, program string, args ...string) 
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close() // The process has its own.
 	// What ends it is Stop or Kill, not the context.
 	p.cmd = s.Lab.Command(context.WithoutCancel(ctx), s.Program(program), args...)
 	p.cmd.Dir = s.Dir
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
+	started := make(chan error, 1)
 	go func() {
+		// The signal comes with the end of the thread, which must not end, or be
+		// used and ended by another, before the process does.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		defer log.Close() // The process has its own.
+		err := p.cmd.Start()
+		started <- err
+		if err != nil {
+			return
+		}
 		p.err = p.cmd.Wait()
 		close(p.done)
 	}()
+	if err := <-started; err != nil {
+		return nil, err
+	}
 	return p, nil
 }
 
