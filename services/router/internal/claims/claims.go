@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
@@ -14,6 +15,11 @@ import (
 // closedByRouter is the reason of the closures that routers write: somebody
 // called Terminate.
 const closedByRouter = "TERMINATED"
+
+// leavingMark follows the backend of a claim that is leaving it; no name of a
+// backend has it. The ledger moves a claim from "metal" by way of "metal!", so
+// that each step is one compare-and-swap.
+const leavingMark = "!"
 
 // Store is a [fleet.Claims] in a ledger.
 type Store struct{ ledger *ledger.Ledger }
@@ -36,7 +42,8 @@ func (s *Store) Get(ctx context.Context, id backend.GrantID) (fleet.Claim, error
 // read adds to a stored claim whether the grant is closed. Reading the closure
 // after the claim errs on the side of closed.
 func (s *Store) read(ctx context.Context, c ledger.Claim) (fleet.Claim, error) {
-	claim := fleet.Claim{GrantID: backend.GrantID(c.RequestID), Backend: c.Backend, Owner: c.Owner, Content: c.ContentHash, ValidTo: c.ValidTo}
+	claim := fleet.Claim{GrantID: backend.GrantID(c.RequestID), Owner: c.Owner, Content: c.ContentHash, ValidTo: c.ValidTo}
+	claim.Backend, claim.Leaving = strings.CutSuffix(c.Backend, leavingMark)
 	_, err := s.ledger.Closure(ctx, c.RequestID)
 	switch {
 	case err == nil:
@@ -59,8 +66,21 @@ func (s *Store) Put(ctx context.Context, c fleet.Claim) (fleet.Claim, bool, erro
 	return claim, created, err
 }
 
+// Leave implements [fleet.Claims].
+func (s *Store) Leave(ctx context.Context, id backend.GrantID, from string) (fleet.Claim, error) {
+	return s.move(ctx, id, from, from+leavingMark)
+}
+
 // Move implements [fleet.Claims].
-func (s *Store) Move(ctx context.Context, id backend.GrantID, from, to string) (fleet.Claim, error) {
+func (s *Store) Move(ctx context.Context, was fleet.Claim, to string) (fleet.Claim, error) {
+	from := was.Backend
+	if was.Leaving {
+		from += leavingMark
+	}
+	return s.move(ctx, was.GrantID, from, to)
+}
+
+func (s *Store) move(ctx context.Context, id backend.GrantID, from, to string) (fleet.Claim, error) {
 	err := s.ledger.MoveClaim(ctx, ledger.RequestID(id), from, to)
 	if err != nil && !errors.Is(err, ledger.ErrConflict) && !errors.Is(err, ledger.ErrClosed) {
 		return fleet.Claim{}, err

@@ -62,9 +62,25 @@ func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) {
 	if created {
 		t.Error("the second put created a claim")
 	}
-	got, err = s.Move(ctx, id, "b", "c")
+	got, err = s.Move(ctx, claimOf("b"), "c")
 	want("move from elsewhere", got, err, claimOf("a"))
-	got, err = s.Move(ctx, id, "a", "b")
+	got, err = s.Leave(ctx, id, "b")
+	want("leave elsewhere", got, err, claimOf("a"))
+	leaving := claimOf("a")
+	leaving.Leaving = true
+	got, err = s.Move(ctx, leaving, "c")
+	want("move what is not leaving", got, err, claimOf("a"))
+	for range 2 {
+		got, err = s.Leave(ctx, id, "a")
+		want("leave", got, err, leaving)
+	}
+	got, err = s.Get(ctx, id)
+	want("get while leaving", got, err, leaving)
+	got, err = s.Move(ctx, claimOf("a"), "c")
+	want("move by one who has not seen it leave", got, err, leaving)
+	got, err = s.Move(ctx, leaving, "a")
+	want("move after leaving", got, err, claimOf("a"))
+	got, err = s.Move(ctx, claimOf("a"), "b")
 	want("move", got, err, claimOf("b"))
 	for range 2 {
 		if err := s.Close(ctx, id, "alice"); err != nil {
@@ -73,8 +89,10 @@ func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) {
 	}
 	closed := claimOf("b")
 	closed.Closed = true
-	got, err = s.Move(ctx, id, "b", "c")
+	got, err = s.Move(ctx, claimOf("b"), "c")
 	want("move when closed", got, err, closed)
+	got, err = s.Leave(ctx, id, "b")
+	want("leave when closed", got, err, closed)
 	got, err = s.Get(ctx, id)
 	want("get when closed", got, err, closed)
 	if err := s.Close(ctx, backend.GrantID{9}, "alice"); err != nil {
@@ -125,7 +143,8 @@ func TestALedgerThatIsGoneIsAnError(t *testing.T) {
 	calls := map[string]func(context.Context) error{
 		"get":   func(ctx context.Context) error { _, err := s.Get(ctx, id); return err },
 		"put":   func(ctx context.Context) error { _, _, err := s.Put(ctx, claimOf("a")); return err },
-		"move":  func(ctx context.Context) error { _, err := s.Move(ctx, id, "a", "b"); return err },
+		"move":  func(ctx context.Context) error { _, err := s.Move(ctx, claimOf("a"), "b"); return err },
+		"leave": func(ctx context.Context) error { _, err := s.Leave(ctx, id, "a"); return err },
 		"close": func(ctx context.Context) error { return s.Close(ctx, id, "alice") },
 	}
 	for name, call := range calls {

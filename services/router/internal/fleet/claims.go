@@ -15,6 +15,10 @@ type Claim struct {
 	GrantID backend.GrantID
 	// Backend is the member that has the grant, "" if there is no claim.
 	Backend string
+	// Leaving says that a router has given up an unclear attempt at Backend:
+	// the grant is ended there, or about to be, and goes to another member once
+	// that is confirmed.
+	Leaving bool
 	// Owner is the client identity that provisioned.
 	Owner string
 	// Content is the hash of grant and envelope; see [Content].
@@ -37,9 +41,14 @@ type Claims interface {
 	// then, which may be another's, and whether this call stored it.
 	Put(ctx context.Context, c Claim) (stored Claim, created bool, err error)
 
-	// Move gives the grant to another backend if it is still with from and not
-	// closed, and returns what is stored then.
-	Move(ctx context.Context, id backend.GrantID, from, to string) (Claim, error)
+	// Leave marks the claim as Leaving if it is still with from and not closed,
+	// and returns what is stored then.
+	Leave(ctx context.Context, id backend.GrantID, from string) (Claim, error)
+
+	// Move gives the grant to another backend if it is still where was says,
+	// Leaving or not as was says, and not closed. It returns what is stored
+	// then.
+	Move(ctx context.Context, was Claim, to string) (Claim, error)
 
 	// Close records that the grant is over. It is idempotent.
 	Close(ctx context.Context, id backend.GrantID, by string) error

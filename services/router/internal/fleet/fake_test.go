@@ -240,21 +240,34 @@ func (m *memory) Put(_ context.Context, c fleet.Claim) (fleet.Claim, bool, error
 	return m.read(c.GrantID), true, nil
 }
 
-func (m *memory) Move(_ context.Context, id backend.GrantID, from, to string) (fleet.Claim, error) {
+func (m *memory) Leave(_ context.Context, id backend.GrantID, from string) (fleet.Claim, error) {
+	return m.change(id, func(c *fleet.Claim) { c.Leaving = c.Leaving || c.Backend == from })
+}
+
+func (m *memory) Move(_ context.Context, was fleet.Claim, to string) (fleet.Claim, error) {
 	if m.beforeMove != nil {
 		m.beforeMove()
 	}
-	return m.move(id, from, to)
+	return m.move(was, to)
 }
 
-func (m *memory) move(id backend.GrantID, from, to string) (fleet.Claim, error) {
+func (m *memory) move(was fleet.Claim, to string) (fleet.Claim, error) {
+	return m.change(was.GrantID, func(c *fleet.Claim) {
+		if c.Backend == was.Backend && c.Leaving == was.Leaving {
+			c.Backend, c.Leaving = to, false
+		}
+	})
+}
+
+// change changes a claim unless its grant is closed.
+func (m *memory) change(id backend.GrantID, change func(*fleet.Claim)) (fleet.Claim, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.fail != nil {
 		return fleet.Claim{}, m.fail
 	}
-	if c := m.claims[id]; c.Backend == from && !m.closed[id] {
-		c.Backend = to
+	if c := m.claims[id]; c.Backend != "" && !m.closed[id] {
+		change(&c)
 		m.claims[id] = c
 	}
 	return m.read(id), nil

@@ -180,10 +180,16 @@ func (f *Fleet) Provision(ctx context.Context, grant backend.Grant, envelope bac
 			return backend.Provisioned{}, notConfigured(claim)
 		}
 		search.passed[m.Name] = true
-		provisioned, err := f.attempt(ctx, m, grant, envelope)
+		if claim.Leaving {
+			if claim, err = f.finishLeaving(ctx, m, claim, search); err != nil {
+				return backend.Provisioned{}, err
+			}
+			continue
+		}
+		provisioned, err := f.attempt(ctx, m, grant, envelope, search)
 		if err == nil {
 			search.ours = false
-			if claim, err = f.settle(ctx, m, claim); err != nil || claim.Backend == m.Name && !claim.Closed {
+			if claim, err = f.settle(ctx, m, claim); err != nil || holds(claim, m) {
 				return provisioned, err
 			}
 			continue
@@ -233,13 +239,16 @@ func (f *Fleet) claim(ctx context.Context, want Claim, search *search, validate 
 	return claim, nil
 }
 
-// permits checks that the caller may provision under the claim.
+// permits checks that the caller may provision under the claim. While there is
+// one, what exists is unknown: the claim's instance may run, or not be gone yet.
 func permits(ctx context.Context, claim, want Claim) error {
 	switch {
 	case claim.Backend != "" && !mine(ctx, claim):
-		return backenderr.New(backenderr.GrantConflict, "the request id is taken by another client").WithCreated(backenderr.CreatedNone)
+		return backenderr.New(backenderr.GrantConflict, "the request id is taken by another client")
 	case claim.Backend != "" && claim.Content != want.Content:
-		return backenderr.New(backenderr.GrantConflict, "the request id is taken by a grant of other content").WithCreated(backenderr.CreatedNone)
+		return backenderr.New(backenderr.GrantConflict, "the request id is taken by a grant of other content")
+	case claim.Closed && claim.Backend != "":
+		return backenderr.New(backenderr.GrantEnded, "the grant was ended")
 	case claim.Closed:
 		return backenderr.New(backenderr.GrantEnded, "the grant was ended").WithCreated(backenderr.CreatedNone)
 	}
@@ -248,8 +257,9 @@ func permits(ctx context.Context, claim, want Claim) error {
 
 // attempt provisions at one member. While the outcome is in doubt it asks the
 // same member again, a bounded number of times: Provision is idempotent.
-func (f *Fleet) attempt(ctx context.Context, m *Member, grant backend.Grant, envelope backend.Envelope) (backend.Provisioned, error) {
-	doubt := false
+func (f *Fleet) attempt(ctx context.Context, m *Member, grant backend.Grant, envelope backend.Envelope, search *search) (backend.Provisioned, error) {
+	// What another call made under its claim may exist.
+	doubt := !search.ours
 	for n := 1; ; n++ {
 		provisioned, err := m.Backend.Provision(ctx, grant, envelope)
 		if err == nil {
@@ -257,8 +267,8 @@ func (f *Fleet) attempt(ctx context.Context, m *Member, grant backend.Grant, env
 			f.remember(m, grant.WithRegionHint(envelope.RegionHint), nil)
 			return provisioned, nil
 		}
-		// A member that can't see now doesn't clear up what an earlier call left.
-		if doubt && ruleFor(err).then == again {
+		// A member that didn't look doesn't clear up what an earlier call left.
+		if doubt && blind(err) {
 			err = backenderr.From(err).Clone().WithCreated(backenderr.CreatedUnknown)
 		}
 		doubt = doubt || backenderr.CreatedOf(err) == backenderr.CreatedUnknown
@@ -287,7 +297,7 @@ func (f *Fleet) settle(ctx context.Context, m *Member, was Claim) (Claim, error)
 	if err != nil {
 		return Claim{}, ledgerError(err)
 	}
-	if now.Backend == m.Name && !now.Closed {
+	if holds(now, m) {
 		return now, nil
 	}
 	f.log.WarnContext(ctx, "Claim moved during Provision, ending what was made", "grant_id", was.GrantID.String(), "backend", m.Name, "now", now.Backend)
@@ -297,6 +307,9 @@ func (f *Fleet) settle(ctx context.Context, m *Member, was Claim) (Claim, error)
 	return now, nil
 }
 
+// holds reports whether the member has the claim, to keep.
+func holds(c Claim, m *Member) bool { return c.Backend == m.Name && !c.Leaving && !c.Closed }
+
 // moveOn decides by the error table what follows from a member's failure. It
 // returns the claim as it is after it was given to the next member, or the
 // error for the caller.
@@ -304,9 +317,8 @@ func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure erro
 	rule, created := ruleFor(failure), backenderr.CreatedOf(failure)
 	movable := rule.then == next || rule.then == again || search.gaveUp(m, failure)
 	// A claim that another call made may stand for an instance that runs well while
-	// its backend is in trouble. Only a clear refusal says that there is none:
-	// a backend that can't see knows that this call made nothing, no more.
-	certain := created == backenderr.CreatedNone && rule.then != again
+	// its backend is in trouble. Only a clear refusal says that there is none.
+	certain := created == backenderr.CreatedNone
 	if !movable || !f.fallThrough || ctx.Err() != nil || (!search.ours && !certain) {
 		return Claim{}, m.fails(failure)
 	}
@@ -321,12 +333,42 @@ func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure erro
 		return Claim{}, search.failure()
 	}
 	if created == backenderr.CreatedUnknown {
+		if claim, err = f.claims.Leave(ctx, claim.GrantID, m.Name); err != nil {
+			return Claim{}, ledgerError(err)
+		}
+		if claim.Backend != m.Name || claim.Closed {
+			delete(search.passed, to.Name)
+			search.ours = false
+			return claim, nil
+		}
 		if err := f.end(ctx, m, claim.GrantID); err != nil {
 			f.log.WarnContext(ctx, "Could not confirm the end of an unclear attempt", "grant_id", claim.GrantID.String(), "backend", m.Name, "error", err)
 			return Claim{}, m.fails(failure)
 		}
 	}
-	moved, err := f.claims.Move(ctx, claim.GrantID, m.Name, to.Name)
+	return f.move(ctx, claim, to, search, backenderr.ReasonOf(failure))
+}
+
+// finishLeaving goes on where another call stopped that was taking the grant away
+// from the member. It can't stay: that call may have ended it there already.
+func (f *Fleet) finishLeaving(ctx context.Context, m *Member, claim Claim, search *search) (Claim, error) {
+	if err := f.end(ctx, m, claim.GrantID); err != nil {
+		return Claim{}, m.fails(err).WithCreated(backenderr.CreatedUnknown)
+	}
+	search.refuse(m, backenderr.New(backenderr.GrantNotSatisfiable, "an attempt with an unclear outcome was given up there"))
+	to, err := search.next(ctx)
+	switch {
+	case err != nil:
+		return Claim{}, err
+	case to == nil:
+		return Claim{}, search.failure()
+	}
+	return f.move(ctx, claim, to, search, backenderr.Unknown)
+}
+
+// move gives the grant to another member and returns the claim as it is then.
+func (f *Fleet) move(ctx context.Context, claim Claim, to *Member, search *search, reason backenderr.Reason) (Claim, error) {
+	moved, err := f.claims.Move(ctx, claim, to.Name)
 	if err != nil {
 		return Claim{}, ledgerError(err)
 	}
@@ -335,7 +377,7 @@ func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure erro
 	if !search.ours {
 		delete(search.passed, to.Name)
 	}
-	f.log.InfoContext(ctx, "Moved grant", "grant_id", claim.GrantID.String(), "from", m.Name, "backend", moved.Backend, "reason", string(backenderr.ReasonOf(failure)))
+	f.log.InfoContext(ctx, "Moved grant", "grant_id", claim.GrantID.String(), "from", claim.Backend, "backend", moved.Backend, "reason", string(reason))
 	return moved, nil
 }
 

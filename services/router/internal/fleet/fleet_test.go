@@ -49,41 +49,57 @@ type row struct {
 	moves, movesUnknown bool
 	// health of the first backend afterwards.
 	health fleet.Health
+	// inherited is what becomes of a claim that an earlier call made, with
+	// created=none.
+	inherited fate
 }
 
+// fate is what becomes of an inherited claim.
+type fate int
+
+const (
+	// stays: the error is answered as it is.
+	stays fate = iota
+	// doubted: the backend hasn't looked at the grant, so the error is answered
+	// with created=unknown.
+	doubted
+	// moved: the second backend gets the grant.
+	moved
+)
+
 var errorTable = []row{
-	{backenderr.GrantInvalid, 1, 1, false, false, fleet.Serving},
-	{backenderr.ImageMismatch, 1, 1, false, false, fleet.Serving},
-	{backenderr.GrantConflict, 1, 1, false, false, fleet.Serving},
-	{backenderr.GrantEnded, 1, 1, false, false, fleet.Serving},
-	{backenderr.GrantNotSatisfiable, 1, 3, true, true, fleet.Serving},
-	{backenderr.CapacityExhausted, 1, 3, true, true, fleet.Serving},
-	{backenderr.QuotaExceeded, 1, 3, true, true, fleet.Serving},
-	{backenderr.WorkerFull, 1, 3, true, true, fleet.Serving},
-	{backenderr.ProviderDenied, 1, 3, true, true, fleet.Degraded},
-	{backenderr.ProviderUnauthenticated, 1, 3, true, true, fleet.Degraded},
-	{backenderr.ClockSkew, 1, 3, true, true, fleet.Degraded},
-	{backenderr.HostUnfit, 1, 3, true, true, fleet.Degraded},
-	{backenderr.CallerUnauthenticated, 1, 3, true, true, fleet.Degraded},
-	{backenderr.ProviderUnavailable, 3, 3, true, true, fleet.Serving},
-	{backenderr.LedgerUnavailable, 3, 3, true, true, fleet.Serving},
-	{backenderr.BackendUnreachable, 3, 3, true, true, fleet.Serving},
-	{backenderr.Unknown, 3, 3, true, true, fleet.Serving},
-	{backenderr.Cancelled, 3, 3, true, true, fleet.Serving},
-	{backenderr.DeadlineExceeded, 3, 3, true, true, fleet.Serving},
-	{backenderr.ImageUnavailable, 1, 1, false, false, fleet.Serving},
-	{backenderr.ImageHashMismatch, 1, 1, false, false, fleet.Serving},
-	{backenderr.ImageInvalid, 1, 1, false, false, fleet.Serving},
-	{backenderr.AttestationFailed, 1, 1, false, false, fleet.Serving},
-	{backenderr.BootTimeout, 1, 1, false, false, fleet.Serving},
-	{backenderr.WorkloadFailed, 1, 1, false, false, fleet.Serving},
-	{backenderr.OperationInProgress, 30, 30, false, false, fleet.Serving},
-	{backenderr.InstanceNotFound, 1, 1, false, false, fleet.Serving},
-	{backenderr.RequestInvalid, 1, 1, false, false, fleet.Serving},
-	{backenderr.CallerDenied, 1, 1, false, false, fleet.Serving},
-	{backenderr.HopLimitExceeded, 1, 1, false, false, fleet.Serving},
-	{backenderr.Internal, 1, 1, false, false, fleet.Serving},
-	{backenderr.Unimplemented, 1, 1, false, false, fleet.Serving},
+	{backenderr.GrantInvalid, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.ImageMismatch, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.GrantConflict, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.GrantEnded, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.GrantNotSatisfiable, 1, 3, true, true, fleet.Serving, moved},
+	{backenderr.CapacityExhausted, 1, 3, true, true, fleet.Serving, moved},
+	{backenderr.QuotaExceeded, 1, 3, true, true, fleet.Serving, moved},
+	{backenderr.WorkerFull, 1, 3, true, true, fleet.Serving, moved},
+	{backenderr.ProviderDenied, 1, 3, true, true, fleet.Degraded, moved},
+	{backenderr.ProviderUnauthenticated, 1, 3, true, true, fleet.Degraded, moved},
+	{backenderr.ClockSkew, 1, 3, true, true, fleet.Degraded, moved},
+	{backenderr.HostUnfit, 1, 3, true, true, fleet.Degraded, moved},
+	{backenderr.CallerUnauthenticated, 1, 3, true, true, fleet.Degraded, doubted},
+	{backenderr.ProviderUnavailable, 3, 3, true, true, fleet.Serving, doubted},
+	{backenderr.LedgerUnavailable, 3, 3, true, true, fleet.Serving, doubted},
+	{backenderr.BackendUnreachable, 3, 3, true, true, fleet.Serving, doubted},
+	{backenderr.Unknown, 3, 3, true, true, fleet.Serving, doubted},
+	{backenderr.Cancelled, 3, 3, true, true, fleet.Serving, doubted},
+	{backenderr.DeadlineExceeded, 3, 3, true, true, fleet.Serving, doubted},
+	{backenderr.ImageUnavailable, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.ImageHashMismatch, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.ImageInvalid, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.AttestationFailed, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.BootTimeout, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.WorkloadFailed, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.OperationInProgress, 30, 30, false, false, fleet.Serving, stays},
+	{backenderr.InstanceNotFound, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.RequestInvalid, 1, 1, false, false, fleet.Serving, doubted},
+	{backenderr.CallerDenied, 1, 1, false, false, fleet.Serving, doubted},
+	{backenderr.HopLimitExceeded, 1, 1, false, false, fleet.Serving, doubted},
+	{backenderr.Internal, 1, 1, false, false, fleet.Serving, stays},
+	{backenderr.Unimplemented, 1, 1, false, false, fleet.Serving, doubted},
 }
 
 func TestErrorTableHasARowForEveryReason(t *testing.T) {
@@ -150,6 +166,59 @@ func TestEveryRowOfTheErrorTable(t *testing.T) {
 	}
 }
 
+func TestEveryRowOfTheErrorTableForAnInheritedClaim(t *testing.T) {
+	for _, r := range errorTable {
+		for _, created := range []backenderr.Created{backenderr.CreatedNone, backenderr.CreatedUnknown} {
+			t.Run(fmt.Sprintf("%s/%s", r.reason, created), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					b := newBridge(t, "a", "b")
+					grant, envelope := grantOf(1)
+					ctx := as(t.Context(), "alice")
+					claim := fleet.Claim{GrantID: grant.ID, Backend: "a", Owner: "alice", Content: fleet.Content(grant, envelope)}
+					if _, _, err := b.claims.Put(ctx, claim); err != nil {
+						t.Fatal(err)
+					}
+					o := fails(r.reason, created)
+					b.fakes[0].always = &o
+					p, err := b.Provision(ctx, grant, envelope)
+					holder := "a"
+					switch {
+					case created == backenderr.CreatedNone && r.inherited == moved:
+						holder = "b"
+						wantOn(t, p, err, "b")
+					case r.inherited == doubted:
+						wantReason(t, err, r.reason, backenderr.CreatedUnknown)
+					default:
+						wantReason(t, err, r.reason, created)
+					}
+					if got := b.claims.backend(grant.ID); got != holder {
+						t.Errorf("the claim is with %q, want %q", got, holder)
+					}
+					if got := b.fakes[0].did("Terminate " + grant.ID.String()); got != 0 {
+						t.Errorf("another call's attempt got %d Terminate calls", got)
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestAGrantThatRunsStaysWhenItsBackendNoLongerKnowsTheRouter(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBridge(t, "a", "b")
+		grant, envelope := grantOf(1)
+		p, err := b.Provision(t.Context(), grant, envelope)
+		wantOn(t, p, err, "a")
+		stranger := fails(backenderr.CallerUnauthenticated, backenderr.CreatedNone)
+		b.fakes[0].set(func() { b.fakes[0].always = &stranger })
+		_, err = b.Provision(t.Context(), grant, envelope)
+		wantReason(t, err, backenderr.CallerUnauthenticated, backenderr.CreatedUnknown)
+		if b.claims.backend(grant.ID) != "a" || b.world.running[grant.ID] != 1 || b.fakes[1].did("Provision") != 0 {
+			t.Error("the grant was given to another backend while it runs")
+		}
+	})
+}
+
 func TestAForeignErrorLeavesTheOutcomeInDoubt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBridge(t, "a", "b")
@@ -164,15 +233,131 @@ func TestAForeignErrorLeavesTheOutcomeInDoubt(t *testing.T) {
 }
 
 func TestABackendThatCanNotSeeDoesNotClearUpADoubt(t *testing.T) {
+	for _, r := range errorTable {
+		if r.inherited != doubted {
+			continue
+		}
+		t.Run(string(r.reason), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBridge(t, "a", "b")
+				blind := fails(r.reason, backenderr.CreatedNone)
+				b.fakes[0].script, b.fakes[0].always, b.fakes[0].endErr = []outcome{{err: errTransport, made: true}}, &blind, errTransport
+				grant, envelope := grantOf(1)
+				_, err := b.Provision(t.Context(), grant, envelope)
+				wantReason(t, err, r.reason, backenderr.CreatedUnknown)
+				if b.fakes[1].did("Provision") != 0 {
+					t.Error("another backend got the grant")
+				}
+			})
+		})
+	}
+}
+
+// A router may die, or lose its ledger or its patience, between ending an
+// unclear attempt and giving the grant to the next backend.
+func TestAnUnfinishedMoveIsFinishedByTheNextCall(t *testing.T) {
+	unclear := outcome{err: errTransport, made: true}
+	for name, c := range map[string]struct {
+		cut, mend func(*bridge)
+		reason    backenderr.Reason
+	}{
+		"before the move is stored": {
+			func(b *bridge) { b.claims.beforeMove = func() { b.claims.fail = errors.New("killed") } },
+			func(b *bridge) { b.claims.beforeMove, b.claims.fail = nil, nil },
+			backenderr.LedgerUnavailable,
+		},
+		"before the end is confirmed": {
+			func(b *bridge) { b.fakes[0].ending = 1 << 30 },
+			func(b *bridge) { b.fakes[0].ending = 1 },
+			backenderr.Unknown,
+		},
+		"before the end": {
+			func(b *bridge) { b.fakes[0].endErr = errTransport },
+			func(b *bridge) { b.fakes[0].endErr = nil },
+			backenderr.Unknown,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBridge(t, "a", "b")
+				b.fakes[0].script = []outcome{unclear, unclear, unclear}
+				c.cut(b)
+				grant, envelope := grantOf(1)
+				_, err := b.Provision(t.Context(), grant, envelope)
+				wantReason(t, err, c.reason, backenderr.CreatedUnknown)
+				c.mend(b)
+				restarted := b.router(t, false)
+				p, err := restarted.Provision(t.Context(), grant, envelope)
+				wantOn(t, p, err, "b")
+				p, err = restarted.Provision(t.Context(), grant, envelope)
+				wantOn(t, p, err, "b")
+				if b.world.atOnce[grant.ID] != 1 || b.claims.backend(grant.ID) != "b" {
+					t.Errorf("%d instances at once, the claim is with %q", b.world.atOnce[grant.ID], b.claims.backend(grant.ID))
+				}
+			})
+		})
+	}
+}
+
+func TestAnUnfinishedMoveWaitsForTheBackendThatItLeaves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBridge(t, "a", "b")
-		blind := fails(backenderr.LedgerUnavailable, backenderr.CreatedNone)
-		b.fakes[0].script, b.fakes[0].always, b.fakes[0].endErr = []outcome{{err: errTransport, made: true}}, &blind, errTransport
+		b.fakes[0].always, b.fakes[0].endErr = &outcome{err: errTransport, made: true}, errTransport
 		grant, envelope := grantOf(1)
+		for range 2 {
+			_, err := b.Provision(t.Context(), grant, envelope)
+			wantReason(t, err, backenderr.Unknown, backenderr.CreatedUnknown)
+		}
+		if b.fakes[1].did("Provision") != 0 || b.claims.backend(grant.ID) != "a" {
+			t.Error("the grant moved on without confirmation")
+		}
+		// Nobody else takes it now: what is confirmed is that nothing exists.
+		b.fakes[0].endErr, b.fakes[1].no = nil, "no such region"
 		_, err := b.Provision(t.Context(), grant, envelope)
-		wantReason(t, err, backenderr.LedgerUnavailable, backenderr.CreatedUnknown)
-		if b.fakes[1].did("Provision") != 0 {
-			t.Error("another backend got the grant")
+		wantReason(t, err, backenderr.GrantNotSatisfiable, backenderr.CreatedNone)
+		// Its owner may still end it.
+		term, err := b.Terminate(t.Context(), backend.HandleFor(grant.ID))
+		if err != nil || term.State != backend.StateTerminated {
+			t.Errorf("Terminate answers %+v, %v", term, err)
+		}
+		_, err = b.Provision(t.Context(), grant, envelope)
+		wantReason(t, err, backenderr.GrantEnded, backenderr.CreatedUnknown)
+	})
+}
+
+// The second router joins the attempt that the first one gives up.
+func TestALateSuccessAtABackendThatIsBeingLeftIsUndone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBridge(t, "a", "b")
+		second := b.router(t, false)
+		grant, envelope := grantOf(1)
+		unclear := outcome{err: errTransport}
+		first, late := make(chan struct{}), make(chan struct{})
+		b.fakes[0].script = []outcome{unclear, unclear, {err: errTransport, wait: first}, {wait: late}}
+		b.fakes[0].endErr = errTransport
+		type result struct {
+			p   backend.Provisioned
+			err error
+		}
+		gaveUp, joined := make(chan error, 1), make(chan result, 1)
+		go func() {
+			_, err := b.Provision(t.Context(), grant, envelope)
+			gaveUp <- err
+		}()
+		<-time.After(time.Minute) // The third call waits.
+		go func() {
+			p, err := second.Provision(t.Context(), grant, envelope)
+			joined <- result{p, err}
+		}()
+		synctest.Wait()
+		close(first)
+		wantReason(t, <-gaveUp, backenderr.Unknown, backenderr.CreatedUnknown)
+		b.fakes[0].set(func() { b.fakes[0].endErr = nil })
+		close(late)
+		r := <-joined
+		wantOn(t, r.p, r.err, "b")
+		if b.world.running[grant.ID] != 1 || b.world.atOnce[grant.ID] != 1 {
+			t.Errorf("%d instances are left, %d at once", b.world.running[grant.ID], b.world.atOnce[grant.ID])
 		}
 	})
 }
@@ -241,7 +426,7 @@ func TestARunningGrantIsNotEndedBecauseItsBackendIsInTrouble(t *testing.T) {
 			o := fails(backenderr.LedgerUnavailable, created)
 			b.fakes[0].set(func() { b.fakes[0].always = &o })
 			_, err = b.Provision(t.Context(), grant, envelope)
-			wantReason(t, err, backenderr.LedgerUnavailable, created)
+			wantReason(t, err, backenderr.LedgerUnavailable, backenderr.CreatedUnknown)
 		}
 		if b.world.running[grant.ID] != 1 || b.fakes[1].did("Provision") != 0 {
 			t.Error("the running instance was given up")
@@ -502,10 +687,11 @@ func TestTheSameGrantWithOtherContentOrOwnerIsAConflict(t *testing.T) {
 	}
 	changed := grant
 	changed.Shape.RAM++
+	// The grant runs: nobody may take the answer for leave to start it elsewhere.
 	_, err := b.Provision(alice, changed, envelope)
-	wantReason(t, err, backenderr.GrantConflict, backenderr.CreatedNone)
+	wantReason(t, err, backenderr.GrantConflict, backenderr.CreatedUnknown)
 	_, err = b.Provision(as(t.Context(), "bob"), grant, envelope)
-	wantReason(t, err, backenderr.GrantConflict, backenderr.CreatedNone)
+	wantReason(t, err, backenderr.GrantConflict, backenderr.CreatedUnknown)
 	_, err = b.Terminate(as(t.Context(), "bob"), backend.HandleFor(grant.ID).Via("a"))
 	wantReason(t, err, backenderr.CallerDenied, backenderr.CreatedNone)
 	operator := backend.WithCaller(t.Context(), backend.Caller{Identity: "root", Role: backend.RoleOperator})
@@ -623,7 +809,7 @@ func TestLosingTheRaceForAMoveFollowsTheWinner(t *testing.T) {
 	b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone)}
 	grant, envelope := grantOf(1)
 	b.claims.beforeMove = func() {
-		if _, err := b.claims.move(grant.ID, "a", "c"); err != nil {
+		if _, err := b.claims.move(fleet.Claim{GrantID: grant.ID, Backend: "a"}, "c"); err != nil {
 			t.Error(err)
 		}
 	}
@@ -642,7 +828,7 @@ func TestAnUnclearAttemptUnderAnothersClaimIsNotEnded(t *testing.T) {
 		b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone)}
 		b.fakes[2].always = &outcome{err: errTransport, made: true}
 		b.claims.beforeMove = func() {
-			if _, err := b.claims.move(grant.ID, "a", "c"); err != nil {
+			if _, err := b.claims.move(fleet.Claim{GrantID: grant.ID, Backend: "a"}, "c"); err != nil {
 				t.Error(err)
 			}
 		}
@@ -677,10 +863,24 @@ func TestTerminateDuringAMoveEndsTheGrant(t *testing.T) {
 		}
 	}
 	_, err := b.Provision(t.Context(), grant, envelope)
-	wantReason(t, err, backenderr.GrantEnded, backenderr.CreatedNone)
+	wantReason(t, err, backenderr.GrantEnded, backenderr.CreatedUnknown)
 	if b.world.running[grant.ID] != 0 || b.fakes[1].did("Provision") != 0 {
 		t.Error("the ended grant went on")
 	}
+}
+
+func TestAnEndThatIsNotConfirmedIsNotCalledNothing(t *testing.T) {
+	b := newBridge(t, "a", "b")
+	grant, envelope := grantOf(1)
+	p, err := b.Provision(t.Context(), grant, envelope)
+	wantOn(t, p, err, "a")
+	b.fakes[0].ending = 1
+	term, err := b.Terminate(t.Context(), p.Instance.Handle)
+	if err != nil || term.State != backend.StateTerminating {
+		t.Fatalf("Terminate answers %+v, %v", term, err)
+	}
+	_, err = b.Provision(t.Context(), grant, envelope)
+	wantReason(t, err, backenderr.GrantEnded, backenderr.CreatedUnknown)
 }
 
 func TestAGrantEndedBeforeItWasSeenNeverRuns(t *testing.T) {

@@ -44,8 +44,9 @@ type rule struct {
 // created=unknown nothing is safe but the same backend: rows that say next are
 // then treated as again, and before another backend gets the grant, Terminate
 // must have confirmed that nothing is left at this one. A claim that another
-// call made moves on by a row that says next with created=none, and by nothing
-// else. Without fall-through no claim moves; the error is answered.
+// call made moves on by a row that says next with created=none, from a backend
+// that has looked (see blind), and by nothing else. Without fall-through no
+// claim moves; the error is answered.
 //
 // docs/errors.md shows the same table to operators.
 var rules = map[backenderr.Reason]rule{
@@ -108,6 +109,15 @@ func ruleFor(err error) rule {
 		return r
 	}
 	return rules[backenderr.Unknown]
+}
+
+// blind reports whether a backend that fails with err has not looked at the
+// grant: it can't see now, or the call was refused at the door. With
+// created=none it says that this call made nothing, and nothing about what an
+// earlier one made.
+func blind(err error) bool {
+	return ruleFor(err).then == again || backenderr.Is(err, backenderr.CallerUnauthenticated, backenderr.CallerDenied,
+		backenderr.HopLimitExceeded, backenderr.RequestInvalid, backenderr.Unimplemented)
 }
 
 const (
