@@ -9,6 +9,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
@@ -18,6 +19,13 @@ import (
 // listTimeout is how long a listing waits for one backend before it goes
 // without. Workers answer from memory and their ledgers.
 const listTimeout = 5 * time.Second
+
+// maxListBytes is how long a backend's list of instances may be. It comes in one
+// message, of all that runs at a site, at 300 to 1000 bytes each: gRPC's default
+// of 4 MiB would make a backend with some thousands of them look unreachable.
+// This is enough for 60 000, and bounds what one backend can make the router
+// hold.
+const maxListBytes = 64 << 20
 
 // Inventory lists what runs and ran at several backends. Each of them decides
 // what the caller, who is passed on, may see.
@@ -35,7 +43,7 @@ func NewInventory(workers []*Worker, log *slog.Logger) *Inventory {
 // backends as this router's callers know them.
 func (v *Inventory) Instances(ctx context.Context, req *bridgev1.ListInstancesRequest) *bridgev1.ListInstancesResponse {
 	answers := ask(ctx, v, func(ctx context.Context, w *Worker) (*bridgev1.ListInstancesResponse, error) {
-		return w.inventory.ListInstances(ctx, req)
+		return w.inventory.ListInstances(ctx, req, grpc.MaxCallRecvMsgSize(maxListBytes))
 	})
 	all := &bridgev1.ListInstancesResponse{}
 	for i, res := range answers {

@@ -2,10 +2,13 @@ package workers_test
 
 import (
 	"context"
+	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -13,6 +16,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/testing/protocmp"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -373,5 +377,27 @@ func TestListsOfAllBackends(t *testing.T) {
 		if diff := cmp.Diff(want.GetUnreachableBackends(), logs.GetUnreachableBackends()); diff != "" {
 			t.Errorf("backends that did not answer (-want +got):\n%s", diff)
 		}
+	}
+}
+
+// A list of all instances of a large site is longer than the 4 MiB that gRPC
+// clients take by default.
+func TestALongListIsNoUnreachableBackend(t *testing.T) {
+	const instances = 20_000
+	r := newRemote(t)
+	for n := range instances {
+		id := make([]byte, 32)
+		binary.BigEndian.PutUint32(id, uint32(n))
+		r.instances = append(r.instances, &bridgev1.Instance{RequestId: id, Handle: hex.EncodeToString(id), Progress: strings.Repeat("p", 200)})
+	}
+	if size := proto.Size(&bridgev1.ListInstancesResponse{Instances: r.instances}); size <= 4<<20 {
+		t.Fatalf("the list is too short for this test: %d bytes", size)
+	}
+	r.start(t)
+	inventory := workers.NewInventory([]*workers.Worker{dial(t, r.fast("a"))}, slog.New(slog.DiscardHandler))
+	ctx := backend.WithCaller(t.Context(), backend.Caller{Identity: "root", Role: backend.RoleOperator})
+	res := inventory.Instances(ctx, &bridgev1.ListInstancesRequest{})
+	if len(res.GetInstances()) != instances || len(res.GetUnreachableBackends()) != 0 {
+		t.Errorf("%d instances, unreachable: %q", len(res.GetInstances()), res.GetUnreachableBackends())
 	}
 }
