@@ -104,7 +104,7 @@ func TestBadConfigurationsTellAllTheirProblems(t *testing.T) {
 		{"no ledger", `path = "router.db"`, "", []string{"ledger.path: missing"}},
 		{"a bad duration", `poll_interval = "5s"`, `poll_interval = 5`, []string{"backend.poll_interval: want a string, got 5"}},
 		{"missing TLS files", "tls/router.pem", "tls/absent.pem", []string{"tls.cert_file: ", "absent.pem"}},
-		{"bad TLS files", "tls/router.pem", "tls/router.key", []string{"tls: certificate and key: "}},
+		{"bad TLS files", "tls/router.pem", "tls/router.key", []string{"tls.cert_file ", ", key_file "}},
 		{"several problems", `name = "local"
 target = "unix:/run/compute-bridge/worker.sock"`, `name = "metal"`, []string{"backend[1].target: missing", "backend[1].name: "}},
 		{"nobody may call", string(good[bytes.Index(good, []byte("[[client]]")):bytes.Index(good, []byte("[ledger]"))]), "", []string{"client: no [[client]] section"}},
