@@ -128,8 +128,9 @@ type State struct {
 	Ports map[Port]time.Duration
 	// Counters are those of the grants' bridges.
 	Counters map[string]Counter
-	// Restricted are the bridges that may connect only to what Allow names.
-	Restricted []string
+	// OpenEgress are the bridges that may connect to anything that isn't denied;
+	// all others only to what Allow names.
+	OpenEgress []string
 	Allow      map[string][]netip.Prefix
 }
 
@@ -141,7 +142,7 @@ type Counter struct {
 
 // Interfaces returns the names of all bridges that are in any set.
 func (s State) Interfaces() []string {
-	names := slices.Clone(s.Restricted)
+	names := slices.Clone(s.OpenEgress)
 	for name := range s.Counters {
 		names = append(names, name)
 	}
@@ -191,7 +192,7 @@ func parseState(listing []byte) (State, error) {
 			}
 		}
 	}
-	slices.Sort(state.Restricted)
+	slices.Sort(state.OpenEgress)
 	for _, prefixes := range state.Allow {
 		slices.SortFunc(prefixes, netip.Prefix.Compare)
 	}
@@ -232,13 +233,13 @@ func (s *State) add(set string, e element) error {
 			return fmt.Errorf("port %s: %w", e.value, err)
 		}
 		s.Ports[Port{Number: uint16(number), Protocol: strings.TrimPrefix(set, "open_")}] = e.expires
-	case "rx", "tx", "restricted":
+	case "rx", "tx", "open_egress":
 		var name string
 		if err := json.Unmarshal(e.value, &name); err != nil {
 			return fmt.Errorf("interface %s: %w", e.value, err)
 		}
-		if set == "restricted" {
-			s.Restricted = append(s.Restricted, name)
+		if set == "open_egress" {
+			s.OpenEgress = append(s.OpenEgress, name)
 			return nil
 		}
 		c := s.Counters[name]

@@ -96,7 +96,7 @@ func TestTable(t *testing.T) {
 	if len(state.Ports) != 3 || state.Ports[tcp(40000)] < 59*time.Minute || state.Ports[tcp(40000)] > time.Hour {
 		t.Errorf("ports %v", state.Ports)
 	}
-	if len(state.Counters) != 2 || len(state.Restricted) != 1 || len(state.Allow["cb0123456789"]) != 2 || len(state.Interfaces()) != 2 {
+	if len(state.Counters) != 2 || len(state.OpenEgress) != 1 || len(state.Allow["cb0123456789"]) != 2 || len(state.Interfaces()) != 2 {
 		t.Errorf("%+v", state)
 	}
 	for range 2 {
@@ -104,7 +104,7 @@ func TestTable(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if state, err = wall.Read(t.Context()); err != nil || len(state.Ports) != 1 || len(state.Counters) != 1 || len(state.Restricted)+len(state.Allow) != 0 {
+	if state, err = wall.Read(t.Context()); err != nil || len(state.Ports) != 1 || len(state.Counters) != 1 || len(state.OpenEgress) != 1 || len(state.Allow) != 0 {
 		t.Errorf("%+v, %v", state, err)
 	}
 	for range 2 {
@@ -176,7 +176,11 @@ func TestTraffic(t *testing.T) {
 	if _, err := files.Upload(t.Context(), "/var/lib/image", 0o600, image, nil); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := podman.New(conn).LoadImage(t.Context(), "/var/lib/image"); err != nil {
+	loaded, err := podman.New(conn).LoadImage(t.Context(), podman.Engine{}, "/var/lib/image")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := host.Exec(t.Context(), "podman", "tag", loaded.ID, "localhost/shell"); err != nil {
 		t.Fatal(err)
 	}
 	one, two := start(t, host, 1), start(t, host, 2)

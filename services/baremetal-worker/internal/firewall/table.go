@@ -66,7 +66,7 @@ func (t Table) check() error {
 //   - A port of the range is closed unless it's in open_tcp or open_udp, whose
 //     elements end by themselves.
 //   - Grants reach neither each other nor the host, nor a denied destination.
-//   - A restricted grant reaches only what allow4 and allow6 name.
+//   - A grant that isn't in open_egress reaches only what allow4 and allow6 name.
 //   - tx counts what a grant sends, rx what it receives, by its bridge.
 func (t Table) Script() (string, error) {
 	if err := t.check(); err != nil {
@@ -84,7 +84,7 @@ func (t Table) Script() (string, error) {
 		"open_udp { type inet_service; flags timeout; }",
 		"rx { type ifname; counter; }",
 		"tx { type ifname; counter; }",
-		"restricted { type ifname; }",
+		"open_egress { type ifname; }",
 		"allow4 { type ifname . ipv4_addr; flags interval; }",
 		"allow6 { type ifname . ipv6_addr; flags interval; }",
 	} {
@@ -120,8 +120,10 @@ func (t Table) Script() (string, error) {
 	if len(six) > 0 {
 		line("add rule %s passing iifname %s %s ip6 daddr { %s } drop", name, grants, begins, joinPrefixes(six))
 	}
-	line("add rule %s passing iifname @restricted %s iifname . ip daddr != @allow4 drop", name, begins)
-	line("add rule %s passing iifname @restricted %s iifname . ip6 daddr != @allow6 drop", name, begins)
+	// Empty sets let nothing out: whoever flushes the table takes rights away,
+	// and gives none.
+	line("add rule %s passing iifname %s iifname != @open_egress %s iifname . ip daddr != @allow4 drop", name, grants, begins)
+	line("add rule %s passing iifname %s iifname != @open_egress %s iifname . ip6 daddr != @allow6 drop", name, grants, begins)
 	line("add rule %s passing iifname @tx continue", name)
 	line("add rule %s passing oifname @rx continue", name)
 
@@ -229,15 +231,15 @@ func (g Grant) elements(with string) []string {
 	for _, set := range []string{"rx", "tx"} {
 		out = append(out, fmt.Sprintf("%s { %q }", set, g.Interface))
 	}
-	if g.Restricted {
-		out = append(out, fmt.Sprintf("restricted { %q }", g.Interface))
-		four, six := split(g.Allow)
-		for _, p := range four {
-			out = append(out, fmt.Sprintf("allow4 { %q . %s }", g.Interface, p))
-		}
-		for _, p := range six {
-			out = append(out, fmt.Sprintf("allow6 { %q . %s }", g.Interface, p))
-		}
+	if !g.Restricted {
+		return append(out, fmt.Sprintf("open_egress { %q }", g.Interface))
+	}
+	four, six := split(g.Allow)
+	for _, p := range four {
+		out = append(out, fmt.Sprintf("allow4 { %q . %s }", g.Interface, p))
+	}
+	for _, p := range six {
+		out = append(out, fmt.Sprintf("allow6 { %q . %s }", g.Interface, p))
 	}
 	return out
 }
@@ -271,11 +273,16 @@ func CloseArgs(t Table, g Grant) ([]string, error) {
 }
 
 // removal deletes elements that may be missing: nft before 1.0.7 has no
-// "destroy", so each is added first.
+// "destroy", so each is added first. It takes the right to open egress away from
+// a restricted grant, too, which may have had it before.
 func (g Grant) removal(t Table) []string {
 	var script []string
-	plain := g.elements("")
-	for i, e := range g.elements(" timeout 1s") {
+	plain, timed := g.elements(""), g.elements(" timeout 1s")
+	if g.Restricted {
+		egress := fmt.Sprintf("open_egress { %q }", g.Interface)
+		plain, timed = append(plain, egress), append(timed, egress)
+	}
+	for i, e := range timed {
 		script = append(script, fmt.Sprintf("add element inet %s %s", t.Name(), e), fmt.Sprintf("delete element inet %s %s", t.Name(), plain[i]))
 	}
 	return script

@@ -145,7 +145,7 @@ const listing = `{"nftables": [{"metainfo": {"version": "1.0.6", "json_schema_ve
 {"set": {"family": "inet", "name": "open_udp", "type": "inet_service", "flags": ["timeout"]}},
 {"set": {"family": "inet", "name": "rx", "type": "ifname", "elem": [{"elem": {"val": "cb0", "counter": {"packets": 3, "bytes": 400}}}], "stmt": [{"counter": null}]}},
 {"set": {"family": "inet", "name": "tx", "type": "ifname", "elem": [{"elem": {"val": "cb0", "counter": {"packets": 5, "bytes": 600}}}, {"elem": {"val": "cb1", "counter": {"packets": 0, "bytes": 0}}}]}},
-{"set": {"family": "inet", "name": "restricted", "type": "ifname", "elem": ["cb1", "cb0"]}},
+{"set": {"family": "inet", "name": "open_egress", "type": "ifname", "elem": ["cb1", "cb0"]}},
 {"set": {"family": "inet", "name": "allow4", "type": ["ifname", "ipv4_addr"], "flags": ["interval"], "elem": [{"concat": ["cb0", {"prefix": {"addr": "10.1.0.0", "len": 16}}]}, {"concat": ["cb0", "8.8.8.8"]}]}},
 {"set": {"family": "inet", "name": "allow6", "type": ["ifname", "ipv6_addr"], "elem": [{"concat": ["cb0", {"prefix": {"addr": "2001:db8::", "len": 32}}]}]}},
 {"set": {"family": "inet", "name": "another", "elem": [{"range": [1, 2]}, "x"]}},
@@ -159,7 +159,7 @@ func TestParseState(t *testing.T) {
 	want := State{
 		Ports:      map[Port]time.Duration{{40000, "tcp"}: 7199 * time.Second},
 		Counters:   map[string]Counter{"cb0": {RxBytes: 400, RxPackets: 3, TxBytes: 600, TxPackets: 5}, "cb1": {}},
-		Restricted: []string{"cb0", "cb1"},
+		OpenEgress: []string{"cb0", "cb1"},
 		Allow:      map[string][]netip.Prefix{"cb0": {netip.MustParsePrefix("8.8.8.8/32"), netip.MustParsePrefix("10.1.0.0/16"), netip.MustParsePrefix("2001:db8::/32")}},
 	}
 	if diff := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {

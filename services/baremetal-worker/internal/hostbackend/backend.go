@@ -132,9 +132,9 @@ func (b *Backend) waitForHosts(ctx context.Context) error {
 func (h *host) waitForBoot(ctx context.Context) error {
 	for {
 		h.mu.Lock()
-		found, problem, changed := h.found, h.problem, h.changed
+		problem, changed := h.problem, h.changed
 		h.mu.Unlock()
-		if found != nil {
+		if problem == nil {
 			return nil
 		}
 		if unfit(problem) {
@@ -333,9 +333,13 @@ func (h *host) list(ctx context.Context) ([]backend.Resource, error) {
 	if err != nil {
 		return nil, err
 	}
-	running := map[string]bool{}
+	running, active := map[string]bool{}, map[string]bool{}
 	for _, u := range units {
 		running[u.Name] = true
+		active[u.Name] = u.ActiveState == "active"
+	}
+	if err := h.restoreFirewall(ctx, records, active); err != nil {
+		h.log.WarnContext(ctx, "Looking after the firewall failed", "error", err.Error())
 	}
 	var out []backend.Resource
 	for _, r := range records {

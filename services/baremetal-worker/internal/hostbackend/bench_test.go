@@ -24,7 +24,15 @@ func BenchmarkGrantBesidePodman(b *testing.B) {
 	image := s.image(ociimage.Shell)
 	warm, e := grant(image, key)
 	s.terminate(b, s.provision(b, warm, e))
-	name := s.driver.hosts[0].images.repository(image.Digest.String()) + ":latest"
+	found, err := s.driver.hosts[0].ready()
+	if err != nil {
+		b.Fatal(err)
+	}
+	unpacked, err := s.driver.hosts[0].images.unpacked(b.Context(), found, image.Digest.String())
+	if err != nil {
+		b.Fatal(err)
+	}
+	store := "--storage-opt=additionalimagestore=" + found.imageStore
 	command := func(args ...string) {
 		b.Helper()
 		ctx, cancel := context.WithTimeout(b.Context(), callTimeout)
@@ -53,9 +61,9 @@ func BenchmarkGrantBesidePodman(b *testing.B) {
 		s.terminate(b, p)
 
 		began = time.Now()
-		command("podman", "run", "-d", "--pids-limit=0", "--name=by-hand", "--publish=39999:22", name, "sleep", "1000")
+		command("podman", store, "run", "-d", "--pids-limit=0", "--name=by-hand", "--publish=39999:22", unpacked.ID, "sleep", "1000")
 		byHand += time.Since(began)
-		command("podman", "rm", "--force", "--time=0", "by-hand")
+		command("podman", store, "rm", "--force", "--time=0", "by-hand")
 	}
 	b.ReportMetric(float64(ours.Milliseconds())/float64(n), "grant-ms")
 	b.ReportMetric(float64(byHand.Milliseconds())/float64(n), "podman-ms")

@@ -72,17 +72,18 @@ type host struct {
 	images  *imageCache
 
 	mu      sync.Mutex // protects the fields below
-	found   *facts     // nil while the host isn't ready
-	problem error      // why it isn't
+	found   *facts     // nil while the host can't be seen
+	problem error      // why it can't be seen, or takes nothing new; nil if all is well
 	changed chan struct{}
 }
 
-// facts is what a probe found out about a host.
+// facts is what is known of a host that can be seen. That is enough to watch
+// and end what runs there; new grants need it to be fit, too.
 type facts struct {
 	generation uint64
 	bootID     string
 	guest      string // path of the guest binary
-	imageStore string // directory of podman's own store
+	imageStore string // directory of the bridge's store of unpacked images
 	firewalld  bool
 }
 
@@ -125,35 +126,25 @@ func (h *host) close() {
 	_ = h.conn.Close()
 }
 
-// follow keeps the host ready: whenever the connection is new it probes the
-// host and takes up what runs there. It returns when ctx ends.
+// follow keeps the host in use: whenever the connection is new it takes up what
+// runs there, and then sees whether it is fit for more. It returns when ctx
+// ends.
 func (h *host) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		state, changed := h.conn.Changed()
 		var again <-chan time.Time
-		switch {
-		case !state.Connected:
+		if !state.Connected {
 			err := state.LastError
 			if err == nil {
 				err = errors.New("not connected yet")
 			}
-			h.notReady(err)
-		case !h.readyAt(state.Generation):
-			found, err := h.probe(ctx)
-			if err == nil {
-				found.generation = state.Generation
-				err = h.takeUp(ctx)
+			h.setUnseen(err)
+		} else if err := h.bring(ctx, state.Generation); err != nil {
+			pause := retryProbe
+			if unfit(err) {
+				pause = retryUnfit
 			}
-			if err != nil {
-				h.notReady(err)
-				pause := retryProbe
-				if unfit(err) {
-					pause = retryUnfit
-				}
-				again = time.After(pause)
-				break
-			}
-			h.isReady(found)
+			again = time.After(pause)
 		}
 		select {
 		case <-changed:
@@ -161,7 +152,29 @@ func (h *host) follow(ctx context.Context) {
 		case <-ctx.Done():
 		}
 	}
-	h.notReady(errors.New("the worker is stopping"))
+	h.setUnseen(errors.New("the worker is stopping"))
+}
+
+// bring brings a connected host into use, as far as that isn't done yet.
+func (h *host) bring(ctx context.Context, generation uint64) error {
+	found, problem := h.known()
+	if found != nil && found.generation == generation && problem == nil {
+		return nil
+	}
+	if found == nil || found.generation != generation {
+		var err error
+		if found, err = h.look(ctx); err == nil {
+			found.generation = generation
+			err = h.takeUp(ctx)
+		}
+		if err != nil {
+			h.setUnseen(err)
+			return err
+		}
+	}
+	err := h.check(ctx, found)
+	h.setSeen(found, err)
+	return err
 }
 
 func unfit(err error) bool {
@@ -170,53 +183,66 @@ func unfit(err error) bool {
 	return errors.As(err, &mismatch) || errors.As(err, &auth) || backenderr.Is(err, backenderr.HostUnfit, backenderr.ClockSkew)
 }
 
-func (h *host) readyAt(generation uint64) bool {
+// known returns what is known of the host, nil if it can't be seen, and what is
+// the matter with it.
+func (h *host) known() (*facts, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.found != nil && h.found.generation == generation
+	return h.found, h.problem
 }
 
-func (h *host) isReady(found *facts) {
-	h.log.Info("Host is ready", "firewalld", found.firewalld)
-	h.backend.inventory.SetUsable(h.config.Name)
-	h.set(found, nil)
+// setSeen says that what runs on the host can be seen and ended, and whether
+// something is the matter that keeps new grants away.
+func (h *host) setSeen(found *facts, problem error) {
+	if problem == nil {
+		h.log.Info("Host is ready", "firewalld", found.firewalld)
+		h.backend.inventory.SetUsable(h.config.Name)
+	}
+	h.set(found, problem)
 }
 
-func (h *host) notReady(err error) {
-	if unfit(err) {
-		h.backend.inventory.SetUnfit(h.config.Name, err.Error())
-	} else {
-		h.backend.inventory.SetUnreachable(h.config.Name, err.Error())
-	}
-	h.mu.Lock()
-	known := h.found == nil && h.problem != nil && h.problem.Error() == err.Error()
-	h.mu.Unlock()
-	if known {
-		return
-	}
-	h.log.Warn("Host is not ready", "error", err.Error())
-	h.set(nil, err)
-}
+// setUnseen says that nothing can be said of what runs on the host.
+func (h *host) setUnseen(err error) { h.set(nil, err) }
 
 func (h *host) set(found *facts, problem error) {
+	switch {
+	case problem == nil:
+	case unfit(problem):
+		h.backend.inventory.SetUnfit(h.config.Name, problem.Error())
+	default:
+		h.backend.inventory.SetUnreachable(h.config.Name, problem.Error())
+	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	if problem != nil && (h.problem == nil || h.problem.Error() != problem.Error()) {
+		h.log.Warn("Host is not ready", "error", problem.Error(), "seen", found != nil)
+	}
 	h.found, h.problem = found, problem
 	close(h.changed)
 	h.changed = make(chan struct{})
 }
 
-// ready returns what is known of the host, or why it can't be used now.
-func (h *host) ready() (*facts, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.found == nil {
-		return nil, h.unavailable(h.problem)
+// usable returns what is known of a host that may take new grants, or why it
+// may not.
+func (h *host) usable() (*facts, error) {
+	found, problem := h.known()
+	if problem != nil {
+		return nil, h.unavailable(problem)
 	}
-	return h.found, nil
+	return found, nil
 }
 
-// wait blocks until the host is ready.
+// ready returns what is known of a host whose grants can be seen and ended, or
+// why they can't.
+func (h *host) ready() (*facts, error) {
+	found, problem := h.known()
+	if found == nil {
+		return nil, h.unavailable(problem)
+	}
+	return found, nil
+}
+
+// wait blocks until the host's grants can be seen and ended.
 func (h *host) wait(ctx context.Context) (*facts, error) {
 	for {
 		h.mu.Lock()
@@ -241,56 +267,57 @@ func (h *host) unavailable(err error) error {
 	return backenderr.Wrap(reason, err, "host %s", h.config.Name).WithRetryAfter(retryUnfit)
 }
 
-// probe finds out whether the host has all that a grant needs, and sets up what
-// all grants share.
-func (h *host) probe(ctx context.Context) (*facts, error) {
+// look finds out what is needed to see and end what runs on the host.
+func (h *host) look(ctx context.Context) (*facts, error) {
 	if err := h.bus.Wait(ctx); err != nil {
 		return nil, err
 	}
-	version, err := h.bus.Version(ctx)
+	guest, err := h.backend.dirs.guest.Join(h.backend.guestSum)
 	if err != nil {
 		return nil, err
 	}
-	if n := leadingNumber(version); n < minSystemd {
-		return nil, h.unfit("systemd %s is older than %d", version, minSystemd)
-	}
-	if missing, err := h.missingPrograms(ctx); err != nil {
-		return nil, err
-	} else if len(missing) > 0 {
-		return nil, h.unfit("missing on the host: %s", strings.Join(missing, ", "))
-	}
-	if err := h.bus.Start(ctx, "podman.socket"); err != nil {
-		return nil, fmt.Errorf("start podman.socket: %w", err)
-	}
-	podmanVersion, err := h.podman.Version(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if leadingNumber(podmanVersion) < minPodman {
-		return nil, h.unfit("podman %s is older than %d", podmanVersion, minPodman)
-	}
-	clock, err := h.conn.Clock(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if skew := clock.Offset.Abs() - clock.Uncertainty; skew > maxClockSkew {
-		return nil, backenderr.New(backenderr.ClockSkew, "host %s: its clock is %s off ours; at most %s is allowed, for deadlines are kept by it",
-			h.config.Name, clock.Offset.Round(time.Second), maxClockSkew)
-	}
-	found := &facts{}
+	found := &facts{guest: guest, imageStore: h.backend.dirs.images.String()}
 	if found.bootID, err = h.bootID(ctx); err != nil {
 		return nil, err
 	}
-	if found.imageStore, err = h.podman.GraphRoot(ctx); err != nil {
-		return nil, err
+	found.firewalld, err = firewall.NewFirewalld(h.bus).Active(ctx)
+	return found, err
+}
+
+// check finds out whether the host has all that a new grant needs, and sets up
+// what all grants share.
+func (h *host) check(ctx context.Context, found *facts) error {
+	version, err := h.bus.Version(ctx)
+	if err != nil {
+		return err
 	}
-	if found.firewalld, err = firewall.NewFirewalld(h.bus).Active(ctx); err != nil {
-		return nil, err
+	if n := leadingNumber(version); n < minSystemd {
+		return h.unfit("systemd %s is older than %d", version, minSystemd)
 	}
-	if err := h.setUp(ctx, found); err != nil {
-		return nil, err
+	if missing, err := h.missingPrograms(ctx); err != nil {
+		return err
+	} else if len(missing) > 0 {
+		return h.unfit("missing on the host: %s", strings.Join(missing, ", "))
 	}
-	return found, nil
+	if err := h.bus.Start(ctx, "podman.socket"); err != nil {
+		return fmt.Errorf("start podman.socket: %w", err)
+	}
+	podmanVersion, err := h.podman.Version(ctx)
+	if err != nil {
+		return err
+	}
+	if leadingNumber(podmanVersion) < minPodman {
+		return h.unfit("podman %s is older than %d", podmanVersion, minPodman)
+	}
+	clock, err := h.conn.Clock(ctx)
+	if err != nil {
+		return err
+	}
+	if skew := clock.Offset.Abs() - clock.Uncertainty; skew > maxClockSkew {
+		return backenderr.New(backenderr.ClockSkew, "host %s: its clock is %s off ours; at most %s is allowed, for deadlines are kept by it",
+			h.config.Name, clock.Offset.Round(time.Second), maxClockSkew)
+	}
+	return h.setUp(ctx, found)
 }
 
 // bootID is another one after each boot (random(4)).
@@ -302,7 +329,7 @@ func (h *host) bootID(ctx context.Context) (string, error) {
 // setUp makes what all grants share: directories, guest binary, firewall.
 func (h *host) setUp(ctx context.Context, found *facts) error {
 	d := h.backend.dirs
-	for _, dir := range []hostfs.Base{d.base, d.guest, d.cache, d.grants} {
+	for _, dir := range []hostfs.Base{d.base, d.guest, d.cache, d.index, d.images, d.grants} {
 		if err := h.fs.MkdirAll(ctx, dir.String(), 0o711); err != nil {
 			return err
 		}
@@ -314,7 +341,7 @@ func (h *host) setUp(ctx context.Context, found *facts) error {
 	if space.Bytes < minFree {
 		return h.unfit("%s has %d MiB free; at least %d MiB are needed", d.base, space.Bytes>>20, minFree>>20)
 	}
-	if found.guest, err = h.putGuest(ctx); err != nil {
+	if err := h.putGuest(ctx, found.guest); err != nil {
 		return err
 	}
 	script, err := h.nft.Table().Script()
@@ -327,27 +354,84 @@ func (h *host) setUp(ctx context.Context, found *facts) error {
 	return h.nft.Ensure(ctx)
 }
 
+// removeTemps removes what transfers left that an earlier connection, or
+// process, did not finish. It runs before anything is sent over a new one.
+func (h *host) removeTemps(ctx context.Context) error {
+	d := h.backend.dirs
+	for _, dir := range []hostfs.Base{d.base, d.guest, d.cache, d.index} {
+		entries, err := h.fs.ReadDir(ctx, dir.String())
+		if err != nil && !isMissing(err) {
+			return err
+		}
+		for _, e := range entries {
+			if !strings.HasPrefix(e.Name(), hostfs.TempPrefix) {
+				continue
+			}
+			if err := h.fs.RemoveAll(ctx, dir.String()+"/"+e.Name()); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// restoreFirewall puts back what the running grants have in the firewall, if
+// somebody took it away: a reload of the host's own rules often flushes all.
+// Until then they have no rights at all, rather than too many.
+func (h *host) restoreFirewall(ctx context.Context, records []record, active map[string]bool) error {
+	if len(records) == 0 {
+		return nil
+	}
+	state, err := h.nft.Read(ctx)
+	if errors.Is(err, firewall.ErrNoTable) {
+		err = h.nft.Ensure(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	for _, r := range records {
+		n := h.names(r)
+		_, there := state.Counters[n.networkInterface()]
+		left := time.Until(r.ValidTo)
+		if there || !r.complete() || !active[n.unit()] || left <= 0 {
+			continue
+		}
+		grant, err := h.recorded(r).firewallGrant()
+		if err != nil {
+			return err
+		}
+		h.log.WarnContext(ctx, "Restoring a grant in the firewall", "grant_id", r.GrantID.String())
+		if err := h.nft.Open(ctx, grant, left+time.Minute); err != nil {
+			return err
+		}
+		// A unit that ended meanwhile has done its own clean-up already.
+		status, err := h.bus.Status(ctx, n.unit())
+		if err == nil && status.ActiveState != "active" {
+			err = h.nft.Close(ctx, grant)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 func (h *host) firewallScript() string { return h.backend.dirs.base.String() + "/firewall.nft" }
 
 // putGuest brings the guest binary to the host, under its own hash, and checks
 // what is there by the host's own sha256sum.
-func (h *host) putGuest(ctx context.Context) (string, error) {
-	data, sum := h.backend.guest, h.backend.guestSum
-	name, err := h.backend.dirs.guest.Join(sum)
-	if err != nil {
-		return "", err
+func (h *host) putGuest(ctx context.Context, name string) error {
+	if ok, err := h.hasSum(ctx, name, h.backend.guestSum); err != nil || ok {
+		return err
 	}
-	if ok, err := h.hasSum(ctx, name, sum); err != nil || ok {
-		return name, err
+	if _, err := h.fs.Upload(ctx, name, 0o755, bytes.NewReader(h.backend.guest), nil); err != nil {
+		return err
 	}
-	if _, err := h.fs.Upload(ctx, name, 0o755, bytes.NewReader(data), nil); err != nil {
-		return "", err
-	}
-	ok, err := h.hasSum(ctx, name, sum)
+	ok, err := h.hasSum(ctx, name, h.backend.guestSum)
 	if err == nil && !ok {
 		err = h.unfit("%s has another hash than what was written", name)
 	}
-	return name, err
+	return err
 }
 
 func (h *host) hasSum(ctx context.Context, name, want string) (bool, error) {
@@ -400,6 +484,9 @@ func (h *host) takeUp(ctx context.Context) error {
 		if !h.backend.isWorking(id) {
 			settled = append(settled, id)
 		}
+	}
+	if err := h.removeTemps(ctx); err != nil {
+		return err
 	}
 	open, err := h.backend.env.Journal.Open(ctx)
 	if err != nil {
@@ -454,10 +541,11 @@ func (h *host) takeUp(ctx context.Context) error {
 
 // records reads the grant.json of every grant on the host. A directory without
 // one is a grant whose first file wasn't written, or whose last was just
-// deleted; it has a record with nothing but its id.
+// deleted; it has a record with nothing but its id. So has one whose file is
+// damaged: a single file must not keep a host from being used.
 func (h *host) records(ctx context.Context) ([]record, error) {
 	entries, err := h.fs.ReadDir(ctx, h.backend.dirs.grants.String())
-	if err != nil {
+	if err != nil && !isMissing(err) {
 		return nil, err
 	}
 	var out []record
@@ -468,7 +556,7 @@ func (h *host) records(ctx context.Context) ([]record, error) {
 		}
 		r, err := h.record(ctx, id)
 		switch {
-		case errors.Is(err, fs.ErrNotExist):
+		case isMissing(err):
 			r = record{GrantID: id, CreatedAt: e.ModTime()}
 			r.Host = h.config.Name
 		case err != nil:
@@ -479,16 +567,30 @@ func (h *host) records(ctx context.Context) ([]record, error) {
 	return out, nil
 }
 
+// record reads a grant's record. One that is damaged is missing.
 func (h *host) record(ctx context.Context, id backend.GrantID) (record, error) {
 	data, err := h.fs.ReadFile(ctx, h.backend.dirs.grant(id)+"/"+recordFile, maxRecordBytes)
+	if errors.Is(err, hostfs.ErrTooLarge) {
+		data, err = nil, nil
+	}
 	if err != nil {
 		return record{}, err
 	}
 	r, err := unmarshalRecord(data)
 	if err != nil {
-		return record{}, backenderr.Wrap(backenderr.HostUnfit, err, "host %s: grant %s", h.config.Name, id)
+		h.log.ErrorContext(ctx, "Record of a grant is damaged", "grant_id", id.String(), "error", err.Error())
+		return record{}, fs.ErrNotExist
 	}
 	return r, nil
+}
+
+// recorded returns the workload that a record describes.
+func (h *host) recorded(r record) workload {
+	found, _ := h.known()
+	if found == nil {
+		found = &facts{}
+	}
+	return h.workload(found, backend.Grant{ID: r.GrantID, ValidTo: r.ValidTo, Network: r.Network}, &attempt{number: r.Attempt, params: r.params})
 }
 
 func (h *host) unfit(format string, args ...any) error {

@@ -24,6 +24,9 @@ import (
 // digestTimeout bounds hashing an image on its host: 64 GiB at 100 MB/s.
 const digestTimeout = 12 * time.Minute
 
+// maxIndexBytes bounds the description of an image: its command and environment.
+const maxIndexBytes = 1 << 20
+
 // imageCache is the images of one host: archives under their digests in the
 // cache directory, and unpacked in podman's store. An archive is hashed on the
 // way to the host and again on the host, before every start.
@@ -103,7 +106,6 @@ func (c *imageCache) ensure(ctx context.Context, f *facts, image backend.Image, 
 	if err != nil {
 		return podman.Image{}, err
 	}
-	repo := c.repository(digest)
 	cached, err := c.host.fs.Exists(ctx, file)
 	if err != nil {
 		return podman.Image{}, err
@@ -124,7 +126,7 @@ func (c *imageCache) ensure(ctx context.Context, f *facts, image backend.Image, 
 			if c.users(digest) > 1 {
 				err = errors.Join(err, c.host.fs.RemoveAll(clean, file))
 			} else {
-				err = errors.Join(err, c.evict(clean, file, repo))
+				err = errors.Join(err, c.evict(clean, digest))
 			}
 		}
 		return podman.Image{}, err
@@ -133,16 +135,41 @@ func (c *imageCache) ensure(ctx context.Context, f *facts, image backend.Image, 
 	if err := c.host.fs.Chtimes(ctx, file, now, now); err != nil {
 		return podman.Image{}, err
 	}
-	found, err := c.host.podman.InspectImage(ctx, repo+":latest")
-	if podman.NotFound(err) {
+	found, err := c.unpacked(ctx, f, digest)
+	if isMissing(err) {
 		progress("unpacking image")
-		found, err = c.unpack(ctx, file, repo)
+		found, err = c.unpack(ctx, f, digest, file)
 	}
 	return found, err
 }
 
-func (c *imageCache) repository(digest string) string {
-	return "localhost/compute-bridge/" + c.host.backend.env.BridgeID + "/" + strings.Replace(digest, ":", "-", 1)
+// engine is the bridge's own store of unpacked images. Nothing but this cache
+// writes to it: the host's own podman has names in its store that an archive
+// could take over.
+func (c *imageCache) engine(f *facts) podman.Engine {
+	return podman.Engine{Root: f.imageStore, RunRoot: runDir + "/" + c.host.backend.env.BridgeID + "/images"}
+}
+
+// indexFile is where the cache remembers which image an archive became: by the
+// archive's digest, the image's own id, which is a hash of its content. The
+// names in an archive are its maker's words and mean nothing here.
+func (c *imageCache) indexFile(digest string) string {
+	return c.host.backend.dirs.index.String() + "/" + strings.Replace(digest, ":", "-", 1) + ".json"
+}
+
+// unpacked describes the image that the archive was unpacked to. It is missing
+// if there is none, or the store has lost it.
+func (c *imageCache) unpacked(ctx context.Context, f *facts, digest string) (podman.Image, error) {
+	data, err := c.host.fs.ReadFile(ctx, c.indexFile(digest), maxIndexBytes)
+	if err != nil {
+		return podman.Image{}, err
+	}
+	var image podman.Image
+	if err := json.Unmarshal(data, &image); err != nil || len(image.ID) != 64 {
+		return podman.Image{}, fs.ErrNotExist
+	}
+	_, err = c.host.fs.Stat(ctx, f.imageStore+"/overlay-images/"+image.ID)
+	return image, err
 }
 
 // fetch streams the image from the store to the host.
@@ -154,6 +181,9 @@ func (c *imageCache) fetch(ctx context.Context, want backend.Digest, pointer, fi
 		return imageError(err)
 	}
 	defer func() { _ = source.Close() }() // read only
+	if err := c.room(ctx, size); err != nil {
+		return err
+	}
 	progress("sending image")
 	reader := &progressReader{source: source, size: size, tell: progress}
 	if _, err := h.fs.Upload(ctx, file, 0o600, reader, func(int64) error { return reader.verdict() }); err != nil {
@@ -210,7 +240,7 @@ func (r *progressReader) verdict() error {
 // verify hashes the archive on the host.
 func (c *imageCache) verify(ctx context.Context, f *facts, want backend.Digest, file string) error {
 	h := c.host
-	result, err := h.conn.Run(ctx, sshconn.Command{Args: []string{f.guest, "digest", "-algorithm", want.Algorithm.String(), file}, Timeout: digestTimeout})
+	result, err := h.conn.Run(ctx, sshconn.Command{Args: []string{f.guest, "digest", "-algorithm", want.Algorithm.String(), file}, Timeout: digestTimeout, Long: true})
 	if err != nil {
 		return err
 	}
@@ -228,36 +258,100 @@ func (c *imageCache) verify(ctx context.Context, f *facts, want backend.Digest, 
 	return nil
 }
 
-// unpack loads the archive into podman's store and gives it the name of its
-// digest.
-func (c *imageCache) unpack(ctx context.Context, file, repo string) (podman.Image, error) {
-	// podman names what it loads as the archive says; two archives may say the
-	// same name, so that only one may be between load and tag.
+// unpack loads the archive into the bridge's store and remembers what it became.
+func (c *imageCache) unpack(ctx context.Context, f *facts, digest, file string) (podman.Image, error) {
 	select {
 	case c.load <- struct{}{}:
 		defer func() { <-c.load }()
 	case <-ctx.Done():
 		return podman.Image{}, backenderr.Wrap(backenderr.From(ctx.Err()).Reason, ctx.Err(), "wait to unpack image")
 	}
-	loaded, err := c.host.podman.LoadImage(ctx, file)
+	image, err := c.host.podman.LoadImage(ctx, c.engine(f), file)
 	if err != nil {
 		return podman.Image{}, err
 	}
-	if len(loaded) != 1 {
-		return podman.Image{}, backenderr.New(backenderr.ImageInvalid, "the archive has %d images; exactly one is allowed", len(loaded))
-	}
-	found, err := c.host.podman.InspectImage(ctx, loaded[0])
+	data, err := json.Marshal(image)
 	if err != nil {
+		return podman.Image{}, backenderr.Wrap(backenderr.Internal, err, "describe image")
+	}
+	if err := c.host.fs.WriteFile(ctx, c.indexFile(digest), data, 0o600); err != nil {
 		return podman.Image{}, err
 	}
-	if err := c.host.podman.TagImage(ctx, found.ID, repo, "latest"); err != nil {
-		return podman.Image{}, err
+	// A small archive may become a large image.
+	if err := c.room(ctx, 0); err != nil {
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTimeout)
+		defer cancel()
+		return podman.Image{}, errors.Join(err, c.evict(clean, digest))
 	}
-	return found, nil
+	return image, nil
 }
 
-func (c *imageCache) evict(ctx context.Context, file, repo string) error {
-	return errors.Join(c.host.podman.RemoveImage(ctx, repo+":latest", true), c.host.fs.RemoveAll(ctx, file))
+// room fails unless the host's disk can take so many bytes and still has what
+// the running grants need for their own.
+func (c *imageCache) room(ctx context.Context, bytes int64) error {
+	for _, dir := range []hostfs.Base{c.host.backend.dirs.base, c.host.backend.dirs.images} {
+		space, err := c.host.fs.Free(ctx, dir.String())
+		if err != nil {
+			return err
+		}
+		if need := uint64(max(0, bytes)) + minFree; space.Bytes < need {
+			return c.host.unfit("%s has %d MiB free where %d MiB are needed for the image", dir, space.Bytes>>20, need>>20)
+		}
+	}
+	return nil
+}
+
+// evict removes an archive and what was unpacked of it. The index goes first:
+// what it doesn't name is not used again.
+func (c *imageCache) evict(ctx context.Context, digest string) error {
+	file, err := c.host.backend.dirs.cache.Join(strings.Replace(digest, ":", "-", 1))
+	if err != nil {
+		return err
+	}
+	f, err := c.host.ready()
+	if err != nil {
+		return err
+	}
+	image, err := c.unpacked(ctx, f, digest)
+	if err != nil && !isMissing(err) {
+		return err
+	}
+	if err := c.host.fs.RemoveAll(ctx, c.indexFile(digest)); err != nil {
+		return err
+	}
+	if image.ID != "" {
+		shared, err := c.isIndexed(ctx, image.ID)
+		if err != nil {
+			return err
+		}
+		if !shared {
+			if err := c.host.podman.DropImages(ctx, c.engine(f), image.ID); err != nil {
+				return err
+			}
+		}
+	}
+	return c.host.fs.RemoveAll(ctx, file)
+}
+
+// isIndexed reports whether another archive became the same image: the same
+// bytes under another hash function, or another archive of the same content.
+func (c *imageCache) isIndexed(ctx context.Context, imageID string) (bool, error) {
+	dir := c.host.backend.dirs.index.String()
+	entries, err := c.host.fs.ReadDir(ctx, dir)
+	if err != nil {
+		return false, err
+	}
+	for _, e := range entries {
+		data, err := c.host.fs.ReadFile(ctx, dir+"/"+e.Name(), maxIndexBytes)
+		if err != nil && !isMissing(err) {
+			return false, err
+		}
+		var image podman.Image
+		if json.Unmarshal(data, &image) == nil && image.ID == imageID {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // trim removes the images that were used longest ago until the cache is within
@@ -281,15 +375,17 @@ func (c *imageCache) trim(ctx context.Context) error {
 			continue
 		}
 		digest := strings.Replace(e.Name(), "-", ":", 1)
-		file, err := dir.Join(e.Name())
-		if err != nil || c.users(digest) > 0 {
+		if _, err := backend.ParseDigest(digest); err != nil || c.users(digest) > 0 {
 			continue
 		}
 		unlock, err := c.lock(ctx, digest)
 		if err != nil {
 			return err
 		}
-		err = c.evict(ctx, file, c.repository(digest))
+		// Somebody may have taken it while we waited.
+		if c.users(digest) == 0 {
+			err = c.evict(ctx, digest)
+		}
 		unlock()
 		if err != nil {
 			return err

@@ -20,11 +20,14 @@ import (
 // place for variable state of services.
 const stateDir = "/var/lib/compute-bridge"
 
+// containersDir is where the bridges keep their unpacked images.
+const containersDir = "/var/lib/containers/compute-bridge"
+
 // runDir is where podman keeps what a reboot may forget.
 const runDir = "/run/compute-bridge"
 
 // interfacePrefix begins the names of grants' bridge interfaces.
-const interfacePrefix = "cb"
+const interfacePrefix = "cbg"
 
 // Files of a grant's directory beside those that guestapi names.
 const (
@@ -34,6 +37,9 @@ const (
 	diskFile    = "disk.img"
 	diskDir     = "disk"
 )
+
+// attemptFile is the mark without which an attempt's unit does not start.
+func attemptFile(attempt uint32) string { return "attempt-" + strconv.FormatUint(uint64(attempt), 10) }
 
 // stoppedMark is the content of the ended file when the worker asked for the
 // end: what then looks like an exit of the workload's own isn't.
@@ -48,6 +54,8 @@ type record struct {
 	params
 	Attempt uint32    `json:"attempt"`
 	ValidTo time.Time `json:"valid_to"`
+	// Network is the grant's policy, to restore it in the firewall.
+	Network backend.NetworkPolicy `json:"network"`
 	// BootID tells whether the host was rebooted since.
 	BootID    string    `json:"boot_id"`
 	CreatedAt time.Time `json:"created_at"`
@@ -197,7 +205,10 @@ func parseUnit(name string) (names, bool) {
 
 // dirs are the places of one bridge on a host.
 type dirs struct {
-	base, guest, cache, grants hostfs.Base
+	base, guest, cache, index, grants hostfs.Base
+	// images is podman's store of the bridge's images. It is where the host has
+	// its other containers: an overlay needs a file system that can carry one.
+	images hostfs.Base
 }
 
 func newDirs(bridge string) (dirs, error) {
@@ -212,10 +223,17 @@ func newDirs(bridge string) (dirs, error) {
 	for _, sub := range []struct {
 		dir  *hostfs.Base
 		name string
-	}{{&d.guest, "guest"}, {&d.cache, "cache"}, {&d.grants, "grants"}} {
+	}{{&d.guest, "guest"}, {&d.cache, "cache"}, {&d.index, "index"}, {&d.grants, "grants"}} {
 		if *sub.dir, err = d.base.Base(sub.name); err != nil {
 			return dirs{}, err
 		}
+	}
+	containers, err := hostfs.NewBase(containersDir)
+	if err != nil {
+		return dirs{}, err
+	}
+	if d.images, err = containers.Base(bridge); err != nil {
+		return dirs{}, err
 	}
 	return d, nil
 }

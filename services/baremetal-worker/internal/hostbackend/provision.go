@@ -96,7 +96,7 @@ type attempt struct {
 func (b *Backend) begin(ctx context.Context, grant backend.Grant) (*attempt, error) {
 	attempts, err := b.env.Journal.Attempts(ctx, grant.ID)
 	if err != nil {
-		return nil, none(err)
+		return nil, err // an earlier attempt may have left something
 	}
 	if n := len(attempts); n > 0 && !attempts[n-1].Gone {
 		return b.resume(attempts[n-1], true)
@@ -113,9 +113,14 @@ func (b *Backend) begin(ctx context.Context, grant backend.Grant) (*attempt, err
 	}
 	begun, err := b.env.Journal.Begin(ctx, grant.ID, p.Host, rendered)
 	if err != nil {
-		// Nothing was sent. If the intent was stored all the same, the next try
-		// finds it.
-		b.release(grant.ID)
+		// Nothing was sent. But an intent that was stored although the ledger
+		// failed will be taken up by the next try, with what is reserved now.
+		look, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTimeout)
+		defer cancel()
+		stored, errRead := b.env.Journal.Attempts(look, grant.ID)
+		if n := len(stored); errRead == nil && (n == 0 || stored[n-1].Gone) {
+			b.release(grant.ID)
+		}
 		return nil, none(err)
 	}
 	return b.resume(begun, false)
@@ -158,7 +163,7 @@ func (b *Backend) undo(ctx context.Context, h *host, id backend.GrantID, a *atte
 // provision runs the grant on the host and waits until SSH answers.
 func (h *host) provision(ctx context.Context, order worker.Order, a *attempt) (worker.Ready, error) {
 	// A host that can't be reached now is no place for a new grant.
-	found, err := h.ready()
+	found, err := h.usable()
 	if err != nil {
 		return worker.Ready{}, err
 	}
@@ -173,6 +178,12 @@ func (h *host) provision(ctx context.Context, order worker.Order, a *attempt) (w
 		return worker.Ready{}, err
 	}
 	if !status.Running() {
+		// An attempt that is taken up may have ended meanwhile.
+		if ended, err := h.fs.Exists(ctx, w.dir+"/"+guestapi.EndedFileName); err != nil {
+			return worker.Ready{}, err
+		} else if ended {
+			return worker.Ready{}, h.workloadFailed(ctx, w, "the workload ended before SSH was ready")
+		}
 		image, err := h.images.ensure(ctx, found, order.Grant.Image, order.ImagePointer, order.Progress)
 		if err != nil {
 			return worker.Ready{}, err
@@ -245,7 +256,7 @@ func guestConfig(order worker.Order, image podman.Image, hostKey []byte, grace t
 // else is there can be told.
 func (h *host) writeFiles(ctx context.Context, found *facts, w workload, grant backend.Grant, guest []byte) error {
 	data, err := marshalRecord(record{
-		GrantID: grant.ID, params: w.params, Attempt: w.names.attempt, ValidTo: grant.ValidTo, BootID: found.bootID, CreatedAt: time.Now(),
+		GrantID: grant.ID, params: w.params, Attempt: w.names.attempt, ValidTo: grant.ValidTo, Network: grant.Network, BootID: found.bootID, CreatedAt: time.Now(),
 	})
 	if err != nil {
 		return backenderr.Wrap(backenderr.Internal, err, "grant record")
@@ -276,7 +287,10 @@ func (h *host) writeFiles(ctx context.Context, found *facts, w workload, grant b
 	}
 	// The guest reads it as the container's root. An id-mapped mount would do,
 	// too, but not on every file system.
-	return h.fs.Chown(ctx, config, w.uidBase, w.uidBase)
+	if err := h.fs.Chown(ctx, config, w.uidBase, w.uidBase); err != nil {
+		return err
+	}
+	return h.fs.WriteFile(ctx, w.dir+"/"+attemptFile(w.names.attempt), nil, 0o600)
 }
 
 // start starts the unit, or finds it started.
@@ -316,13 +330,13 @@ func (h *host) workloadFailed(ctx context.Context, w workload, what string) erro
 	if err != nil {
 		return err
 	}
-	// What never came to the workload is the host's fault, unless podman says
-	// that the image can't run.
-	reason := backenderr.HostUnfit
+	// Most of what stops a container before its first word is in its image. The
+	// host is at fault where these say so; no image can make them.
+	reason := backenderr.WorkloadFailed
 	text := string(journal.Stdout)
-	for _, sign := range []string{"exec format error", "OCI runtime error", "executable file"} {
+	for _, sign := range []string{"failed to setup loop device", "mkfs.ext4:", "truncate:", "Unable to locate executable"} {
 		if strings.Contains(text, sign) {
-			reason = backenderr.WorkloadFailed
+			reason = backenderr.HostUnfit
 		}
 	}
 	return backenderr.New(reason, "%s on host %s", what, h.config.Name).WithConsole(text)

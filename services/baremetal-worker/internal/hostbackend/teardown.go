@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"strconv"
 	"strings"
@@ -20,19 +21,20 @@ import (
 // clear removes everything of a grant from the host and returns when that is
 // confirmed. With save, what the instance used goes to the journal first.
 func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
-	found, err := h.wait(ctx)
-	if err != nil {
+	if _, err := h.wait(ctx); err != nil {
 		return err
 	}
 	dir := h.backend.dirs.grant(id)
-	r, err := h.record(ctx, id)
+	r, err := h.recordOrIntent(ctx, id)
 	recorded := err == nil
 	if err != nil && !isMissing(err) {
 		return err
 	}
-	if recorded {
+	if r.complete() {
+		// On a full disk there can be no mark. The grant ends all the same; only
+		// how its workload ended may then look like its own doing.
 		if err := h.markStopped(ctx, dir); err != nil {
-			return err
+			h.log.WarnContext(ctx, "Marking a grant as stopped failed", "grant_id", id.String(), "error", err.Error())
 		}
 	}
 	units, err := h.bus.List(ctx, unitPattern(h.backend.env.BridgeID, &id))
@@ -48,12 +50,12 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 		}
 	}
 	if recorded {
-		if save {
+		if save && r.complete() {
 			if err := h.saveLog(ctx, r); err != nil {
 				return err
 			}
 		}
-		if err := h.removeLeftovers(ctx, found, r); err != nil {
+		if err := h.removeLeftovers(ctx, r); err != nil {
 			return err
 		}
 	}
@@ -68,6 +70,30 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 		return backenderr.New(backenderr.ProviderUnavailable, "host %s: unit %s is still there", h.config.Name, left[0].Name)
 	}
 	return nil
+}
+
+// recordOrIntent returns a grant's record; if it is missing, what the ledger
+// knows of an attempt here that isn't gone.
+func (h *host) recordOrIntent(ctx context.Context, id backend.GrantID) (record, error) {
+	r, err := h.record(ctx, id)
+	if !isMissing(err) {
+		return r, err
+	}
+	attempts, errJournal := h.backend.env.Journal.Attempts(ctx, id)
+	if errJournal != nil {
+		return record{}, errJournal
+	}
+	for _, a := range attempts {
+		if a.Gone || a.Placement != h.config.Name {
+			continue
+		}
+		r := record{GrantID: id, Attempt: a.Number, CreatedAt: a.BeganAt}
+		if err := json.Unmarshal(a.Params, &r.params); err != nil {
+			return record{}, backenderr.Wrap(backenderr.Internal, err, "parameters of an attempt of grant %s in the ledger", id)
+		}
+		return r, nil
+	}
+	return record{}, err
 }
 
 // markStopped sets the ended mark before the unit is stopped: nothing starts the
@@ -86,8 +112,8 @@ func (h *host) markStopped(ctx context.Context, dir string) error {
 
 // removeLeftovers checks what the unit's own clean-up should have removed, and
 // removes what is left: after a reboot, or when a command of it failed.
-func (h *host) removeLeftovers(ctx context.Context, found *facts, r record) error {
-	w := h.workload(found, backend.Grant{ID: r.GrantID, ValidTo: r.ValidTo}, &attempt{number: r.Attempt, params: r.params})
+func (h *host) removeLeftovers(ctx context.Context, r record) error {
+	w := h.recorded(r)
 	left, err := h.leftovers(ctx, w)
 	if err != nil || left == "" {
 		return err

@@ -17,6 +17,7 @@ import (
 // Programs of the host, where Debian, Ubuntu and Fedora have them (merged /usr).
 const (
 	truncateProgram = "/usr/bin/truncate"
+	mkdirProgram    = "/usr/bin/mkdir"
 	mkfsProgram     = "/usr/sbin/mkfs.ext4"
 	mountProgram    = "/usr/bin/mount"
 	umountProgram   = "/usr/bin/umount"
@@ -31,6 +32,10 @@ const tasksMax = 8192
 // startTimeout bounds everything that a unit does until its container runs. The
 // image is on the host by then.
 const startTimeout = time.Minute
+
+// runRootSize bounds what podman keeps for a container until the next boot: some
+// hundred KiB, and what a workload writes to /etc/hosts.
+const runRootSize = "16m"
 
 // consoleBytes bounds the console that is kept of a grant.
 const consoleBytes = 1 << 20
@@ -135,6 +140,10 @@ func (w workload) unit() (systemd.Unit, error) {
 		// No journal: the file system ends with its grant, or with the host.
 		{Args: []string{mkfsProgram, "-q", "-F", "-O", "^has_journal", "-m", "0", "-E", "lazy_itable_init=1,nodiscard", image}},
 		{Args: []string{mountProgram, "-o", "loop,nodev", image, w.disk()}},
+		// podman mounts files of its run directory into the container, for the
+		// workload to write to: a limit keeps it from filling the host's /run.
+		{Args: []string{mkdirProgram, "--parents", "--mode=0711", w.runRoot}},
+		{Args: []string{mountProgram, "-t", "tmpfs", "-o", "size=" + runRootSize + ",mode=0711,nosuid,nodev", "computebridge", w.runRoot}},
 		{Args: ensure},
 		{Args: open},
 		{Args: network},
@@ -167,8 +176,9 @@ func (w workload) unit() (systemd.Unit, error) {
 		MemoryMax:     uint64(w.params.Shape.RAM) << 20, //nolint:gosec // validated
 		MemorySwapMax: &noSwap,
 		TasksMax:      tasksMax,
-		// An ended or removed grant never starts, however late the call comes.
-		ConditionPathExists: []string{w.dir + "/" + guestapi.ConfigFileName, "!" + w.dir + "/" + guestapi.EndedFileName},
+		// An ended or removed attempt never starts, however late the call comes,
+		// not even when a later attempt is there.
+		ConditionPathExists: []string{w.dir + "/" + attemptFile(w.names.attempt), "!" + w.dir + "/" + guestapi.EndedFileName},
 		ExecStartPre:        start,
 		ExecStart:           []systemd.Exec{{Args: run}},
 		// conmon has podman clean up after the container, in the unit's cgroup.
@@ -206,6 +216,7 @@ func (w workload) cleanup() ([]systemd.Exec, error) {
 	}
 	commands = append(commands,
 		[]string{umountProgram, "--recursive", "--lazy", w.disk()},
+		[]string{umountProgram, "--recursive", "--lazy", w.runRoot},
 		[]string{rmProgram, "--force", w.dir + "/" + diskFile},
 		[]string{rmProgram, "--recursive", "--force", "--one-file-system", w.runRoot},
 	)

@@ -413,7 +413,7 @@ func (f *FS) upload(ctx context.Context, temp string, mode fs.FileMode, src *cou
 	}); err != nil {
 		return 0, err
 	}
-	result, err := f.conn.Run(ctx, sshconn.Command{Args: writeCommand(temp), Stdin: src, Timeout: uploadTimeout})
+	result, err := f.conn.Run(ctx, sshconn.Command{Args: writeCommand(temp), Stdin: src, Timeout: uploadTimeout, Long: true})
 	if err != nil {
 		return src.n.Load(), err
 	}

@@ -16,7 +16,6 @@ import (
 	"path"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -197,83 +196,33 @@ type Image struct {
 	Labels map[string]string
 }
 
-// ImageExists reports whether there is an image of a name or id.
-func (c *Client) ImageExists(ctx context.Context, name string) (bool, error) {
-	err := c.call(ctx, callTimeout, http.MethodGet, "/images/"+url.PathEscape(name)+"/exists", nil, nil)
-	if NotFound(err) {
-		return false, nil
+// inspectReply is how podman describes an image.
+type inspectReply struct {
+	ID           string `json:"Id"`
+	RepoTags     []string
+	Size         int64
+	Created      time.Time
+	Architecture string
+	Os           string
+	Labels       map[string]string
+	ManifestType string
+	Config       struct {
+		User         string
+		ExposedPorts map[string]struct{}
+		Env          []string
+		Entrypoint   []string
+		Cmd          []string
+		WorkingDir   string
 	}
-	return err == nil, err
 }
 
-// InspectImage describes an image; see NotFound.
-func (c *Client) InspectImage(ctx context.Context, name string) (Image, error) {
-	var reply struct {
-		ID           string `json:"Id"`
-		RepoTags     []string
-		Size         int64
-		Created      time.Time
-		Architecture string
-		Os           string
-		Labels       map[string]string
-		Config       struct {
-			User         string
-			ExposedPorts map[string]struct{}
-			Env          []string
-			Entrypoint   []string
-			Cmd          []string
-			WorkingDir   string
-		}
-	}
-	if err := c.call(ctx, callTimeout, http.MethodGet, "/images/"+url.PathEscape(name)+"/json", nil, &reply); err != nil {
-		return Image{}, err
-	}
+func (r inspectReply) image() Image {
 	return Image{
-		ID: reply.ID, Names: reply.RepoTags, Size: reply.Size, Created: reply.Created,
-		Entrypoint: reply.Config.Entrypoint, Cmd: reply.Config.Cmd, Env: reply.Config.Env,
-		User: reply.Config.User, WorkingDir: reply.Config.WorkingDir, ExposedPorts: slices.Sorted(maps.Keys(reply.Config.ExposedPorts)),
-		Architecture: reply.Architecture, OS: reply.Os, Labels: reply.Labels,
-	}, nil
-}
-
-// ListedImage is an image as ListImages shows it.
-type ListedImage struct {
-	ID         string            `json:"Id"`
-	Names      []string          `json:"Names"`
-	Size       int64             `json:"Size"`
-	Created    int64             `json:"Created"` // Seconds since 1970.
-	Labels     map[string]string `json:"Labels"`
-	Containers int               `json:"Containers"` // How many use it.
-}
-
-// ListImages returns the images whose name matches a reference pattern
-// ("localhost/compute-bridge/*"), or all for "".
-func (c *Client) ListImages(ctx context.Context, reference string) ([]ListedImage, error) {
-	query := url.Values{}
-	if reference != "" {
-		query = filters("reference", reference)
+		ID: r.ID, Names: r.RepoTags, Size: r.Size, Created: r.Created,
+		Entrypoint: r.Config.Entrypoint, Cmd: r.Config.Cmd, Env: r.Config.Env,
+		User: r.Config.User, WorkingDir: r.Config.WorkingDir, ExposedPorts: slices.Sorted(maps.Keys(r.Config.ExposedPorts)),
+		Architecture: r.Architecture, OS: r.Os, Labels: r.Labels,
 	}
-	var images []ListedImage
-	err := c.call(ctx, callTimeout, http.MethodGet, "/images/json", query, &images)
-	return images, err
-}
-
-// RemoveImage removes a name, and the image with its last name. One that isn't
-// there is fine; one in use is an error unless force is set, which removes its
-// containers too.
-func (c *Client) RemoveImage(ctx context.Context, name string, force bool) error {
-	query := url.Values{"force": {strconv.FormatBool(force)}}
-	err := c.call(ctx, changeTimeout, http.MethodDelete, "/images/"+url.PathEscape(name), query, nil)
-	if NotFound(err) {
-		return nil
-	}
-	return err
-}
-
-// TagImage gives an image one more name, repo:tag.
-func (c *Client) TagImage(ctx context.Context, name, repo, tag string) error {
-	query := url.Values{"repo": {repo}, "tag": {tag}}
-	return c.call(ctx, callTimeout, http.MethodPost, "/images/"+url.PathEscape(name)+"/tag", query, nil)
 }
 
 // ErrNotAnImage says that an archive is no image that podman understands.
@@ -282,33 +231,98 @@ var ErrNotAnImage = errors.New("archive is not an OCI or Docker image")
 // loadedLine is what `podman load` prints for each image.
 var loadedLine = regexp.MustCompile(`^Loaded image(?:\(s\))?: (.+)$`)
 
-// LoadImage unpacks an image archive that is on the host (OCI or Docker, plain
-// or compressed) and returns the names, or for a nameless image the id
-// ("sha256:…"), of what was in it. An archive that is no image is
-// ErrNotAnImage in the chain of IMAGE_INVALID.
-func (c *Client) LoadImage(ctx context.Context, file string) ([]string, error) {
+// ociManifest is how podman calls the manifest of an image in OCI's own format.
+const ociManifest = "application/vnd.oci.image.manifest.v1+json"
+
+// LoadImage unpacks an OCI image archive that is on the host (plain or
+// compressed) into a store and describes the image. The names that the archive
+// gives it are somebody else's words: they are taken off again, and the image is
+// known by its id alone. Calls for one store must not run at the same time.
+//
+// An archive that isn't exactly one OCI image is ErrNotAnImage in the chain of
+// IMAGE_INVALID, and nothing of it is left in the store.
+func (c *Client) LoadImage(ctx context.Context, e Engine, file string) (Image, error) {
 	if !path.IsAbs(file) {
-		return nil, backenderr.New(backenderr.Internal, "image archive %q: not an absolute path", file)
+		return Image{}, backenderr.New(backenderr.Internal, "image archive %q: not an absolute path", file)
 	}
-	result, err := c.conn.Run(ctx, sshconn.Command{Args: []string{"env", "LC_ALL=C", "podman", "load", "--quiet", "--input=" + file}, Timeout: loadTimeout})
+	result, err := c.run(ctx, e, loadTimeout, "load", "--quiet", "--input="+file)
 	if err != nil {
-		return nil, err
+		return Image{}, err
 	}
 	if err := result.Err("podman load"); err != nil {
 		stderr := string(result.Stderr)
 		switch {
 		case strings.Contains(stderr, "no space left"):
-			return nil, backenderr.Wrap(backenderr.HostUnfit, err, "host %s: disk is full", c.conn.Name())
-		case strings.Contains(stderr, "payload does not match any of the supported image formats"):
-			return nil, backenderr.Wrap(backenderr.ImageInvalid, errors.Join(ErrNotAnImage, err), "host %s", c.conn.Name())
+			return Image{}, backenderr.Wrap(backenderr.HostUnfit, err, "host %s: disk is full", c.conn.Name())
+		case strings.Contains(stderr, "payload does not match any of the supported image formats"), strings.Contains(stderr, "no such file or directory") && !strings.Contains(stderr, file+": no such file"):
+			return Image{}, backenderr.Wrap(backenderr.ImageInvalid, errors.Join(ErrNotAnImage, err), "host %s", c.conn.Name())
 		}
-		return nil, backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
+		return Image{}, backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
 	}
 	names := parseLoaded(string(result.Stdout))
-	if len(names) == 0 {
-		return nil, backenderr.Wrap(backenderr.ImageInvalid, ErrNotAnImage, "host %s: podman load: no image in %s", c.conn.Name(), file)
+	image, err := c.describe(ctx, e, names)
+	if err != nil {
+		return Image{}, errors.Join(err, c.DropImages(context.WithoutCancel(ctx), e, names...))
 	}
-	return names, nil
+	for _, name := range names {
+		if strings.HasPrefix(name, "sha256:") {
+			continue
+		}
+		if result, err = c.run(ctx, e, changeTimeout, "untag", name); err == nil {
+			err = result.Err("podman untag")
+		}
+		if err != nil {
+			return Image{}, backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
+		}
+	}
+	return image, nil
+}
+
+// describe inspects what a load has loaded.
+func (c *Client) describe(ctx context.Context, e Engine, names []string) (Image, error) {
+	if len(names) != 1 {
+		return Image{}, backenderr.Wrap(backenderr.ImageInvalid, ErrNotAnImage, "host %s: the archive has %d images; exactly one is allowed", c.conn.Name(), len(names))
+	}
+	result, err := c.run(ctx, e, callTimeout, "image", "inspect", names[0])
+	if err != nil {
+		return Image{}, err
+	}
+	if err := result.Err("podman image inspect"); err != nil {
+		return Image{}, backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
+	}
+	var replies []inspectReply
+	if err := json.Unmarshal(result.Stdout, &replies); err != nil || len(replies) != 1 {
+		return Image{}, backenderr.New(backenderr.HostUnfit, "host %s: podman image inspect describes %d images: %v", c.conn.Name(), len(replies), err)
+	}
+	if t := replies[0].ManifestType; t != ociManifest {
+		return Image{}, backenderr.Wrap(backenderr.ImageInvalid, ErrNotAnImage, "host %s: the archive's manifest is of type %s, not OCI's", c.conn.Name(), t)
+	}
+	return replies[0].image(), nil
+}
+
+// DropImages removes images from a store by name or id, with all their names.
+// Missing ones are fine.
+func (c *Client) DropImages(ctx context.Context, e Engine, images ...string) error {
+	if len(images) == 0 {
+		return nil
+	}
+	result, err := c.run(ctx, e, changeTimeout, append([]string{"rmi", "--force", "--ignore"}, images...)...)
+	if err == nil {
+		err = result.Err("podman rmi")
+	}
+	if err != nil {
+		return backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
+	}
+	return nil
+}
+
+func (c *Client) run(ctx context.Context, e Engine, timeout time.Duration, args ...string) (sshconn.Result, error) {
+	engine, err := e.args()
+	if err != nil {
+		return sshconn.Result{}, backenderr.Wrap(backenderr.Internal, err, "podman")
+	}
+	command := append(append([]string{"env", "LC_ALL=C"}, engine...), args...)
+	return c.conn.Run(ctx, sshconn.Command{Args: command, Timeout: timeout, Long: timeout == loadTimeout})
 }
 
 // parseLoaded reads the output of `podman load`.

@@ -34,6 +34,10 @@ type Command struct {
 	Stdin io.Reader
 	// Timeout bounds the run. Default is the connection's CommandTimeout.
 	Timeout time.Duration
+	// Long marks what may take minutes, such as sending or hashing an image: at
+	// most half of the connection's commands are of this kind, so that short
+	// ones always find a slot.
+	Long bool
 	// MaxOutput bounds what is kept of stdout and of stderr, in bytes; more is
 	// dropped and said in Result. Default 1 MiB.
 	MaxOutput int
@@ -89,6 +93,12 @@ func (c *Conn) Run(ctx context.Context, cmd Command) (Result, error) {
 	l, err := c.current()
 	if err != nil {
 		return Result{}, err
+	}
+	if cmd.Long {
+		if err := acquire(ctx, l, l.long); err != nil {
+			return Result{}, c.classify(err, "run "+program)
+		}
+		defer func() { <-l.long }()
 	}
 	if err := acquire(ctx, l, l.sessions); err != nil {
 		return Result{}, c.classify(err, "run "+program)

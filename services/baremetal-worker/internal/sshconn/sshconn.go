@@ -183,6 +183,7 @@ type link struct {
 	done       chan struct{} // closed once the connection is lost
 
 	sessions chan struct{} // slots for commands
+	long     chan struct{} // slots for commands that take long
 	streams  chan struct{} // slots for commands that stand in for forwarded sockets
 
 	sftpMu sync.Mutex
@@ -405,6 +406,7 @@ func (c *Conn) dial(ctx context.Context) (*link, error) {
 		generation: generation,
 		done:       make(chan struct{}),
 		sessions:   make(chan struct{}, c.cfg.MaxSessions),
+		long:       make(chan struct{}, max(1, c.cfg.MaxSessions/2)),
 		streams:    make(chan struct{}, maxStreams),
 	}
 	transport.client.Store(l.client)
