@@ -14,6 +14,7 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/firewall"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
 	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
 )
@@ -143,6 +144,19 @@ func (h *host) removeLeftovers(ctx context.Context, r record) error {
 			failed = append(failed, err)
 		}
 	}
+	rules, err := h.staleRules(ctx, w)
+	if err != nil {
+		return err
+	}
+	if rules != "" {
+		result, err := h.conn.Run(ctx, sshconn.Command{Args: []string{firewall.DefaultBinary, rules}, Timeout: commandTimeout})
+		if err != nil {
+			return err
+		}
+		if err := result.Err("nft"); err != nil {
+			failed = append(failed, err)
+		}
+	}
 	if left, err = h.leftovers(ctx, w); err != nil {
 		return err
 	}
@@ -179,6 +193,13 @@ func (h *host) leftovers(ctx context.Context, w workload) (string, error) {
 	}
 	if mounted {
 		return "mount " + w.disk(), nil
+	}
+	rules, err := h.staleRules(ctx, w)
+	if err != nil {
+		return "", err
+	}
+	if rules != "" {
+		return "rules of netavark", nil
 	}
 	return "", nil
 }
