@@ -275,17 +275,19 @@ func (k *keeper) provision(process context.Context) bool {
 	log := k.runtime.log.With("grant_id", k.id.String())
 	log.InfoContext(ctx, "Provisioning")
 
-	ready, err := k.make(ctx)
-	if err == nil {
+	ready, made, err := k.make(ctx)
+	if err == nil && k.give(ready) {
 		log.InfoContext(process, "Provisioned instance", "instance_id", string(ready.Instance.ID), "region", string(ready.Instance.Region),
 			"attempt", ready.Instance.Attempt)
-		k.update(func(s *snapshot) { s.ready, s.instance = ready, ready.Instance })
 		return true
 	}
 	if process.Err() != nil {
-		// The process stops. The attempt stays as it is for the next one.
+		// The process stops; the next one settles what is left.
 		k.fail(stopping())
 		return false
+	}
+	if err == nil {
+		err = backenderr.New(backenderr.Cancelled, "every caller has gone")
 	}
 	if k.isEnding() {
 		return true
@@ -294,6 +296,10 @@ func (k *keeper) provision(process context.Context) bool {
 		k.end(backend.EndDeadline)
 		return true
 	}
+	if made {
+		// There is an instance that nobody was told of.
+		err = k.takeBack(process, err)
+	}
 	classified := backenderr.From(err)
 	log.WarnContext(process, "Provision failed", "reason", string(classified.Reason), "created", string(backenderr.CreatedOf(err)), "error", err.Error())
 	k.update(func(s *snapshot) {
@@ -301,6 +307,31 @@ func (k *keeper) provision(process context.Context) bool {
 	})
 	k.fail(err)
 	return false
+}
+
+// give makes the instance the answer to whoever waits, unless all have gone.
+func (k *keeper) give(ready *backend.Provisioned) bool {
+	k.mu.Lock()
+	abandoned := k.abandoned
+	if !abandoned {
+		k.state.ready, k.state.instance = ready, ready.Instance
+	}
+	k.mu.Unlock()
+	if !abandoned {
+		k.update(func(*snapshot) {})
+	}
+	return !abandoned
+}
+
+// takeBack undoes an attempt that the driver had finished, and says in the
+// error whether that is confirmed.
+func (k *keeper) takeBack(process context.Context, cause error) error {
+	failure := backenderr.From(cause).Clone()
+	if _, err := k.runtime.driver.Terminate(process, k.id); err != nil {
+		k.runtime.log.WarnContext(process, "Undoing an attempt failed", "grant_id", k.id.String(), "error", err.Error())
+		return failure.WithCreated(backenderr.CreatedUnknown) // settle tries again
+	}
+	return failure.WithCreated(backenderr.CreatedNone)
 }
 
 func (k *keeper) isEnding() bool {
@@ -316,14 +347,15 @@ func (k *keeper) fail(err error) {
 	k.update(func(*snapshot) {})
 }
 
-// make has the driver make the instance and stores the answer.
-func (k *keeper) make(ctx context.Context) (*backend.Provisioned, error) {
+// make has the driver make the instance and stores the answer. made says that
+// there is an instance, also with an error.
+func (k *keeper) make(ctx context.Context) (ready *backend.Provisioned, made bool, err error) {
 	r := k.runtime
 	grant, envelope, err := claimContent(k.claim)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	made, err := r.driver.Provision(ctx, Order{
+	result, err := r.driver.Provision(ctx, Order{
 		Grant:        grant,
 		ImagePointer: envelope.ImagePointer,
 		LoginKey:     k.claim.LoginPublicKey,
@@ -333,31 +365,31 @@ func (k *keeper) make(ctx context.Context) (*backend.Provisioned, error) {
 		},
 	})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	instance := made.Instance
+	instance := result.Instance
 	instance.Handle, instance.GrantID, instance.Backend = backend.HandleFor(k.id), k.id, r.config.Backend
 	instance.Owner, instance.ValidTo, instance.State = k.claim.Owner, k.claim.ValidTo, backend.StateReady
 	receipt, err := r.keys.receipt(k.claim, envelope)
 	if err != nil {
-		return nil, err
+		return nil, true, err
 	}
-	receipt.Host, receipt.Port, receipt.User, receipt.HostKey, receipt.Evidence = made.Host, made.Port, made.User, made.HostKey, made.Evidence
+	receipt.Host, receipt.Port, receipt.User, receipt.HostKey, receipt.Evidence = result.Host, result.Port, result.User, result.HostKey, result.Evidence
 	answer := backend.Provisioned{Instance: instance, Receipt: receipt}
 	body, err := proto.Marshal(backendgrpc.ProvisionedToProto(answer))
 	if err != nil {
-		return nil, backenderr.Wrap(backenderr.Internal, err, "marshal instance")
+		return nil, true, backenderr.Wrap(backenderr.Internal, err, "marshal instance")
 	}
 
 	// Once more before it is given out: a closure that came in the meantime
 	// wins.
 	if err := r.journal.Check(ctx, k.id); err != nil {
-		return nil, err
+		return nil, true, err
 	}
 	if _, _, err := r.config.Ledger.PutInstance(ctx, ledger.Instance{RequestID: k.claim.RequestID, Attempt: instance.Attempt, Body: body}); err != nil {
-		return nil, ledgerError(err, "store instance")
+		return nil, true, ledgerError(err, "store instance")
 	}
-	return &answer, nil
+	return &answer, true, nil
 }
 
 // watchInstance waits for the end of a ready instance: its own, the deadline,

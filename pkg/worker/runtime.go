@@ -320,15 +320,15 @@ func (r *Runtime) claimed(ctx context.Context, caller backend.Caller, grant back
 		return ledger.Claim{}, err
 	}
 	if err := r.journal.Check(ctx, grant.ID); err != nil {
-		return ledger.Claim{}, beforeAll(err)
+		return ledger.Claim{}, r.unclaimed(ctx, grant.ID, err)
 	}
 	if r.draining.Load() {
-		return ledger.Claim{}, backenderr.New(backenderr.WorkerFull, "this worker drains and takes no new grants").
-			WithCreated(backenderr.CreatedNone).WithRetryAfter(time.Minute)
+		return ledger.Claim{}, r.unclaimed(ctx, grant.ID,
+			backenderr.New(backenderr.WorkerFull, "this worker drains and takes no new grants").WithRetryAfter(time.Minute))
 	}
 	answer, err := r.driver.CanSatisfy(ctx, grant)
 	if err != nil {
-		return ledger.Claim{}, beforeAll(err)
+		return ledger.Claim{}, r.unclaimed(ctx, grant.ID, err)
 	}
 	if !answer.Satisfiable {
 		return ledger.Claim{}, backenderr.New(backenderr.GrantNotSatisfiable, "%s", answer.Reason).WithCreated(backenderr.CreatedNone)
@@ -378,9 +378,14 @@ func sameGrant(stored ledger.Claim, caller backend.Caller, record []byte) error 
 	return nil
 }
 
-// beforeAll marks an error that came before anything was sent.
-func beforeAll(err error) error {
-	return backenderr.From(err).Clone().WithCreated(backenderr.CreatedNone)
+// unclaimed says of an error of a call that found no claim that nothing exists,
+// unless another call for the grant has made one since.
+func (r *Runtime) unclaimed(ctx context.Context, id backend.GrantID, err error) error {
+	refused := backenderr.From(err).Clone().WithCreated(backenderr.CreatedUnknown)
+	if _, err := r.config.Ledger.Claim(ctx, ledger.RequestID(id)); errors.Is(err, ledger.ErrNotFound) {
+		refused.Created = backenderr.CreatedNone
+	}
+	return refused
 }
 
 // provisioner returns the keeper of the grant: the one that runs, or a new one

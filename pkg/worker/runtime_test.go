@@ -558,6 +558,40 @@ func TestTerminateDuringProvision(t *testing.T) {
 	})
 }
 
+// An instance that became ready while its last caller left is taken back at
+// once, and not left running until somebody sweeps.
+func TestCallerThatLeavesAtTheLastMomentLeavesNothing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := running(t, nil)
+		ctx, cancel := context.WithCancel(as(t, alice))
+		defer cancel()
+		script(s.driver, &s.driver.provision, func(made context.Context, o Order) (Ready, error) {
+			ready, err := s.driver.make(made, o)
+			cancel()
+			<-made.Done()
+			return ready, err
+		})
+		g, e := grantFor(t, 1)
+		_, err := s.Provision(ctx, g, e)
+		wantReason(t, err, backenderr.Cancelled, backenderr.CreatedUnknown)
+		synctest.Wait()
+		if s.driver.count("terminate") != 1 {
+			t.Errorf("taken back %d times, want once", s.driver.count("terminate"))
+		}
+		if n := len(s.Instances(as(t, alice))); n != 0 {
+			t.Errorf("%d instances are still there", n)
+		}
+		script(s.driver, &s.driver.provision, s.driver.make)
+		if _, err := s.Provision(as(t, alice), g, e); err != nil {
+			t.Errorf("the next try: %v", err)
+		}
+		if _, err := s.Terminate(as(t, alice), backend.HandleFor(g.ID)); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestClosureBeforeTheAnswerWins(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -570,7 +604,7 @@ func TestClosureBeforeTheAnswerWins(t *testing.T) {
 		})
 		g, e := grantFor(t, 1)
 		_, err := s.Provision(as(t, alice), g, e)
-		wantReason(t, err, backenderr.GrantEnded, backenderr.CreatedUnknown)
+		wantReason(t, err, backenderr.GrantEnded, backenderr.CreatedNone)
 		if log := s.final(g.ID); log.Exit.Reason != backend.EndTerminated {
 			t.Errorf("ended by %s", log.Exit.Reason)
 		}
