@@ -26,7 +26,7 @@ MODULES = $(or $(shell go list -m -f '{{.Dir}}'),$(error no module found: is go 
 # detector multiplies memory: more than two gains nothing on a small machine.
 P ?= 2
 # A run that hangs should say where, long before CI gives up on it.
-TEST_TIMEOUT ?= 20m
+TEST_TIMEOUT ?= 40m
 # Further arguments of go test, for example TESTFLAGS='-run TestTerminate -v'.
 TESTFLAGS ?=
 # How long each fuzz test runs in `make fuzz`.
