@@ -143,7 +143,7 @@ func (s *suiteSite) waitForHosts(t testing.TB) {
 		return // stopped
 	}
 	for _, h := range b.hosts {
-		if _, err := h.wait(ctx); err != nil {
+		if err := h.wait(ctx); err != nil {
 			t.Errorf("wait for a host: %v", err)
 		}
 	}

@@ -283,6 +283,7 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 		DeletePoints:    []string{stepStop, stepNetwork},
 		ReadPoint:       lookAtHosts,
 		Reopen: func(t testing.TB) backend.Backend {
+			t.Helper()
 			s.stop(t)
 			return s.start(t)
 		},
@@ -461,7 +462,7 @@ func logIn(ctx context.Context, r backend.Receipt, key redact.Secret) error {
 	if err != nil {
 		return err
 	}
-	defer conn.Close() //nolint:errcheck // the client closed it
+	defer conn.Close()
 	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
 	c, channels, requests, err := ssh.NewClientConn(conn, address, &ssh.ClientConfig{
 		User: r.User, Auth: []ssh.AuthMethod{ssh.PublicKeys(signer)}, HostKeyCallback: ssh.FixedHostKey(hostKey),

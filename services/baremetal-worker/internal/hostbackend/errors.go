@@ -39,6 +39,5 @@ func imageError(err error) error {
 
 // jobFailed tells a unit that failed from a host that couldn't be asked.
 func jobFailed(err error) (*systemd.JobError, bool) {
-	var job *systemd.JobError
-	return job, errors.As(err, &job)
+	return errors.AsType[*systemd.JobError](err)
 }

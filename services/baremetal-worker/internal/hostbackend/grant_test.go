@@ -32,7 +32,7 @@ func TestGrantIsProvisionedOnce(t *testing.T) {
 	if err := errors.Join(errs...); err != nil {
 		t.Fatal(err)
 	}
-	for _, a := range append(answers, s.provision(t, g, e)) {
+	for _, a := range append([]backend.Provisioned{s.provision(t, g, e)}, answers...) {
 		if a.Instance.ID != answers[0].Instance.ID || a.Receipt.HostKey != answers[0].Receipt.HostKey || a.Receipt.Port != answers[0].Receipt.Port {
 			t.Fatalf("two answers for one grant:\n%+v\n%+v", answers[0], a)
 		}
@@ -212,6 +212,8 @@ func TestStringsStayStrings(t *testing.T) {
 func stage(t *testing.T, s *site, id backend.GrantID, text string, then func()) {
 	t.Helper()
 	go func() {
+		tick := time.NewTicker(time.Millisecond) // as often as it may change
+		defer tick.Stop()
 		for t.Context().Err() == nil {
 			for _, i := range s.runtime.Instances(caller(context.WithoutCancel(t.Context()))) {
 				if i.GrantID == id && strings.Contains(i.Progress, text) {
@@ -219,7 +221,10 @@ func stage(t *testing.T, s *site, id backend.GrantID, text string, then func()) 
 					return
 				}
 			}
-			time.Sleep(time.Millisecond) // as often as it may change
+			select {
+			case <-tick.C:
+			case <-t.Context().Done():
+			}
 		}
 	}()
 }

@@ -243,18 +243,18 @@ func (h *host) ready() (*facts, error) {
 }
 
 // wait blocks until the host's grants can be seen and ended.
-func (h *host) wait(ctx context.Context) (*facts, error) {
+func (h *host) wait(ctx context.Context) error {
 	for {
 		h.mu.Lock()
 		found, problem, changed := h.found, h.problem, h.changed
 		h.mu.Unlock()
 		if found != nil {
-			return found, nil
+			return nil
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return nil, h.unavailable(errors.Join(problem, ctx.Err()))
+			return h.unavailable(errors.Join(problem, ctx.Err()))
 		}
 	}
 }

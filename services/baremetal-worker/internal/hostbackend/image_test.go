@@ -215,6 +215,8 @@ func TestLargeImageFromASlowStore(t *testing.T) {
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
+		tick := time.NewTicker(time.Millisecond) // as often as it may change
+		defer tick.Stop()
 		for t.Context().Err() == nil {
 			for _, i := range s.runtime.Instances(caller(t.Context())) {
 				mu.Lock()
@@ -224,7 +226,10 @@ func TestLargeImageFromASlowStore(t *testing.T) {
 					return
 				}
 			}
-			time.Sleep(time.Millisecond) // as often as it may change
+			select {
+			case <-tick.C:
+			case <-t.Context().Done():
+			}
 		}
 	}()
 	began := time.Now()

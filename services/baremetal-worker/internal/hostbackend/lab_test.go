@@ -227,10 +227,14 @@ func (s *site) tryStart() error {
 	if err != nil {
 		return err
 	}
+	own, ok := driver.(*Backend)
+	if !ok {
+		return fmt.Errorf("Open returned a %T", driver)
+	}
 	if err := r.Start(s.t.Context(), driver); err != nil {
 		return err
 	}
-	s.runtime, s.driver = r, driver.(*Backend)
+	s.runtime, s.driver = r, own
 	return nil
 }
 
@@ -397,12 +401,12 @@ func runWith(t testing.TB, p backend.Provisioned, key login, command string, std
 	if err != nil {
 		return "", err
 	}
-	defer client.Close()
+	defer func() { _ = client.Close() }()
 	session, err := client.NewSession()
 	if err != nil {
 		return "", err
 	}
-	defer session.Close()
+	defer func() { _ = session.Close() }()
 	session.Stdin = bytes.NewReader(stdin)
 	out, err := session.CombinedOutput(command)
 	return string(out), err

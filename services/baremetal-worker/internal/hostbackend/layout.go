@@ -187,7 +187,7 @@ func unitPattern(bridge string, id *backend.GrantID) string {
 	return "cb-" + bridge + "-" + id.String() + "-*.service"
 }
 
-var unitName = regexp.MustCompile(`^cb-([a-z][a-z0-9-]*)-([0-9a-f]{64})-([0-9]{1,10})\.service$`)
+var unitName = regexp.MustCompile(`^cb-([a-z][a-z0-9-]*)-([0-9a-f]{64})-(\d{1,10})\.service$`)
 
 // parseUnit reads the name of a unit of ours.
 func parseUnit(name string) (names, bool) {

@@ -154,6 +154,7 @@ func TestRequesterLogsInWithStockOpenSSH(t *testing.T) {
 
 // testForward talks through -L to a server in the container.
 func testForward(t *testing.T, c openssh) {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -21,13 +21,16 @@ const netavarkTable = "inet netavark"
 // network out of its table, none if there is nothing.
 func (h *host) staleRules(ctx context.Context, w workload) (string, error) {
 	result, err := h.conn.Run(ctx, sshconn.Command{
-		Args: []string{firewall.DefaultBinary, "--json", "--handle", "list", "table", "inet", "netavark"}, Timeout: commandTimeout,
+		Args: []string{"env", "LC_ALL=C", firewall.DefaultBinary, "--json", "--handle", "list", "table", "inet", "netavark"}, Timeout: commandTimeout,
 	})
 	if err != nil {
 		return "", err
 	}
-	if result.Err("nft") != nil {
-		return "", nil // there is no such table: nothing of netavark's
+	if err := result.Err("nft"); err != nil {
+		if strings.Contains(string(result.Stderr), "No such file or directory") {
+			return "", nil // there is no such table: nothing of netavark's
+		}
+		return "", backenderr.Wrap(backenderr.HostUnfit, err, "host %s: list the rules of netavark", h.config.Name)
 	}
 	script, err := netavarkRemoval(result.Stdout, w)
 	if err != nil {

@@ -88,7 +88,11 @@ func listenHere(t *testing.T, addr string) uint16 {
 		}
 	}()
 	t.Cleanup(func() { _ = l.Close(); <-done })
-	return uint16(l.Addr().(*net.TCPAddr).Port) //nolint:forcetypeassert,gosec // a TCP listener's
+	address, ok := l.Addr().(*net.TCPAddr)
+	if !ok {
+		t.Fatalf("a TCP listener at %T", l.Addr())
+	}
+	return address.AddrPort().Port()
 }
 
 func TestPublishedPortsAreReachableAndNoOthers(t *testing.T) {

@@ -22,7 +22,7 @@ import (
 // clear removes everything of a grant from the host and returns when that is
 // confirmed. With save, what the instance used goes to the journal first.
 func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
-	if _, err := h.wait(ctx); err != nil {
+	if err := h.wait(ctx); err != nil {
 		return err
 	}
 	dir := h.backend.dirs.grant(id)
@@ -213,7 +213,7 @@ func (h *host) mounted(ctx context.Context, dir string) (bool, error) {
 // watch blocks until the grant's unit no longer runs.
 func (h *host) watch(ctx context.Context, id backend.GrantID, usage func(backend.Usage)) (backend.Exit, error) {
 	for {
-		if _, err := h.wait(ctx); err != nil {
+		if err := h.wait(ctx); err != nil {
 			return backend.Exit{}, err // ctx has ended
 		}
 		exit, ended, err := h.watchOnce(ctx, id, usage)
@@ -367,7 +367,7 @@ func text(s *string) string {
 	return *s
 }
 
-func saturate(v uint64) int64 { return int64(min(v, 1<<63-1)) } //nolint:gosec // bounded
+func saturate(v uint64) int64 { return int64(min(v, 1<<63-1)) }
 
 // exitOf reads systemd's words for how a unit ended: $SERVICE_RESULT,
 // $EXIT_CODE, $EXIT_STATUS (systemd.exec(5)).
