@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -56,7 +57,7 @@ func TestBadGrants(t *testing.T) {
 		"another post-hash":     {func(_, e map[string]any) { e["post_hash"] = zeros }, []string{"IMAGE_MISMATCH"}},
 		"no SSH key":            {func(_, e map[string]any) { e["ssh_public_key"] = "ssh-ed25519 AAAA" }, []string{"GRANT_INVALID", "ssh_public_key"}},
 		"an SSH key with options": {
-			func(_, e map[string]any) { e["ssh_public_key"] = `command="id" ` + e["ssh_public_key"].(string) }, //nolint:forcetypeassert // We made it.
+			func(_, e map[string]any) { e["ssh_public_key"] = fmt.Sprintf(`command="id" %s`, e["ssh_public_key"]) },
 			[]string{"GRANT_INVALID", "ssh_public_key"},
 		},
 		"an X25519 key of zeros": {func(_, e map[string]any) {
