@@ -28,6 +28,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	bridgev1 "github.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1"
 )
 
 const (
@@ -92,7 +93,14 @@ func NewServer(c ServerConfig, log *slog.Logger, metrics prometheus.Registerer) 
 		return nil, fmt.Errorf("register metrics: %w", err)
 	}
 	auth := newAuthenticator(c.Clients)
+	// Questions that routers and probes ask every few seconds would drown the
+	// rest.
 	quiet := selector.MatchFunc(func(_ context.Context, call interceptors.CallMeta) bool {
+		switch call.FullMethod() {
+		case bridgev1.BackendService_Name_FullMethodName, bridgev1.BackendService_Capabilities_FullMethodName,
+			bridgev1.FleetService_GetProviderCard_FullMethodName:
+			return false
+		}
 		return !strings.HasPrefix(call.FullMethod(), "/grpc.health.v1.") && !strings.HasPrefix(call.FullMethod(), "/grpc.reflection.")
 	})
 	logOptions := []logging.Option{logging.WithLogOnEvents(logging.FinishCall), logging.WithLevels(logLevel)}
