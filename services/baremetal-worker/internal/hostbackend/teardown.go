@@ -115,6 +115,14 @@ func (h *host) markStopped(ctx context.Context, dir string) error {
 // removes what is left: after a reboot, or when a command of it failed.
 func (h *host) removeLeftovers(ctx context.Context, r record) error {
 	w := h.recorded(r)
+	// Always: it may have been opened again while the unit was ending.
+	grant, err := w.firewallGrant()
+	if err != nil {
+		return backenderr.Wrap(backenderr.Internal, err, "render clean-up")
+	}
+	if err := h.nft.Close(ctx, grant); err != nil {
+		return err
+	}
 	left, err := h.leftovers(ctx, w)
 	if err != nil || left == "" {
 		return err
