@@ -55,7 +55,7 @@ func TestCommandLine(t *testing.T) {
 	}{
 		"serves":             {[]string{"-config", good}, 0, "", "Ran"},
 		"fails":              {[]string{"-config", file("fail.toml", "fail = true\n")}, 1, "", "thing: it broke"},
-		"unknown key":        {[]string{"-config", file("typo.toml", "\nlog_levle = \"info\"\n")}, 1, "", "typo.toml:2:1"},
+		"unknown key":        {[]string{"-config", file("typo.toml", "\nlog_lvl = \"info\"\n")}, 1, "", "typo.toml:2:1"},
 		"unknown level":      {[]string{"-config", file("level.toml", "log_level = \"loud\"\n")}, 1, "", "log_level"},
 		"no such file":       {[]string{"-config", filepath.Join(dir, "none.toml")}, 1, "", "none.toml"},
 		"check":              {[]string{"-config", good, "-check-config"}, 0, "the configuration is valid", ""},

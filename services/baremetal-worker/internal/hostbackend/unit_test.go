@@ -162,7 +162,7 @@ func FuzzUnmarshalRecord(f *testing.F) {
 		}
 		again, err := marshalRecord(r)
 		if err != nil {
-			t.Skip("a time that JSON can't hold")
+			return // a time that JSON cannot hold
 		}
 		back, err := unmarshalRecord(again)
 		if err != nil || back.GrantID != r.GrantID {
