@@ -10,6 +10,10 @@ import (
 	"google.golang.org/grpc/keepalive"
 )
 
+// maxResponseBytes is for lists: about 100,000 instances. gRPC's default of
+// 4 MiB would make a well-filled worker look unreachable.
+const maxResponseBytes = 64 << 20
+
 // Dial returns a connection to a server. It connects in the background and
 // again whenever the connection is lost; calls fail at once while there is
 // none, unless they wait for ready. The caller closes it.
@@ -30,6 +34,7 @@ func Dial(c ClientConfig, t TLSConfig, options ...grpc.DialOption) (*grpc.Client
 			MinConnectTimeout: 5 * time.Second,
 		}),
 		grpc.WithIdleTimeout(0), // a channel that sleeps would miss health changes
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResponseBytes)),
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
 	}, options...)...)
