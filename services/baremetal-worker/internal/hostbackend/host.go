@@ -71,6 +71,8 @@ type host struct {
 	nft     *firewall.Firewall
 	images  *imageCache
 
+	restoring sync.Mutex // one restoration of the firewall at a time
+
 	mu      sync.Mutex // protects the fields below
 	found   *facts     // nil while the host can't be seen
 	problem error      // why it can't be seen, or takes nothing new; nil if all is well
@@ -382,6 +384,8 @@ func (h *host) restoreFirewall(ctx context.Context, records []record, active map
 	if len(records) == 0 {
 		return nil
 	}
+	h.restoring.Lock()
+	defer h.restoring.Unlock()
 	state, err := h.nft.Read(ctx)
 	if errors.Is(err, firewall.ErrNoTable) {
 		err = h.nft.Ensure(ctx)
@@ -389,31 +393,47 @@ func (h *host) restoreFirewall(ctx context.Context, records []record, active map
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, r := range records {
 		n := h.names(r)
 		_, there := state.Counters[n.networkInterface()]
-		left := time.Until(r.ValidTo)
-		if there || !r.complete() || !active[n.unit()] || left <= 0 {
-			continue
-		}
-		grant, err := h.recorded(r).firewallGrant()
-		if err != nil {
-			return err
-		}
-		h.log.WarnContext(ctx, "Restoring a grant in the firewall", "grant_id", r.GrantID.String())
-		if err := h.nft.Open(ctx, grant, left+time.Minute); err != nil {
-			return err
-		}
-		// A unit that ended meanwhile has done its own clean-up already.
-		status, err := h.bus.Status(ctx, n.unit())
-		if err == nil && status.ActiveState != "active" {
-			err = h.nft.Close(ctx, grant)
-		}
-		if err != nil {
-			return err
+		if !there && r.complete() && active[n.unit()] && time.Now().Before(r.ValidTo) {
+			errs = append(errs, h.restoreGrant(ctx, r))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
+}
+
+// restoreGrant puts a running grant back into the firewall.
+func (h *host) restoreGrant(ctx context.Context, r record) error {
+	w := h.recorded(r)
+	grant, err := w.firewallGrant()
+	if err != nil {
+		return err
+	}
+	h.log.WarnContext(ctx, "Restoring a grant in the firewall", "grant_id", r.GrantID.String())
+	// podman's own rules went with ours, and it doesn't look after them. They
+	// come first: by what is in our table we see that it is done.
+	reload, err := podman.NetworkReloadArgs(w.engine(), w.names.stem())
+	if err != nil {
+		return err
+	}
+	result, err := h.conn.Run(ctx, sshconn.Command{Args: reload, Timeout: commandTimeout})
+	if err == nil {
+		err = result.Err("podman network reload")
+	}
+	if err != nil {
+		return err
+	}
+	if err := h.nft.Open(ctx, grant, max(0, time.Until(r.ValidTo))+time.Minute); err != nil {
+		return err
+	}
+	// A unit that ended meanwhile has done its own clean-up already.
+	status, err := h.bus.Status(ctx, w.names.unit())
+	if err == nil && status.ActiveState != "active" {
+		err = h.nft.Close(ctx, grant)
+	}
+	return err
 }
 
 func (h *host) firewallScript() string { return h.backend.dirs.base.String() + "/firewall.nft" }

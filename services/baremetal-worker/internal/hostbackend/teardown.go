@@ -16,6 +16,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/firewall"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/systemd"
 	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
 )
 
@@ -111,6 +112,14 @@ func (h *host) markStopped(ctx context.Context, dir string) error {
 	return h.fs.WriteFile(ctx, mark, []byte(stoppedMark), 0o600)
 }
 
+// dropNamespaces removes the network namespaces that have an address of a
+// subnet. podman, which made them, leaves them when the disk with its database
+// is full, and names them at random.
+const dropNamespaces = `for file in /run/netns/netns-*; do
+	name=${file##*/}
+	[ -z "$(ip -netns "$name" -oneline address show to "$1")" ] || ip netns delete "$name"
+done`
+
 // removeLeftovers checks what the unit's own clean-up should have removed, and
 // removes what is left: after a reboot, or when a command of it failed.
 func (h *host) removeLeftovers(ctx context.Context, r record) error {
@@ -140,6 +149,7 @@ func (h *host) removeLeftovers(ctx context.Context, r record) error {
 		// of another kind in the empty directory.
 		commands = commands[1:]
 	}
+	commands = append(commands, systemd.Exec{Args: []string{"sh", "-c", dropNamespaces, "sh", w.subnet.String()}})
 	var failed []error
 	for _, c := range commands {
 		result, err := h.conn.Run(ctx, sshconn.Command{Args: c.Args, Timeout: commandTimeout})

@@ -407,6 +407,13 @@ func RemoveArgs(e Engine, name string) ([]string, error) {
 	return append(args, "rm", "--force", "--ignore", "--volumes", "--time=0", "--", name), errors.Join(err, match(nameRegexp, "container name", name))
 }
 
+// NetworkReloadArgs renders the renewal of what a running container has in the
+// host's firewall: the translation of its ports and addresses.
+func NetworkReloadArgs(e Engine, container string) ([]string, error) {
+	args, err := e.args()
+	return append(args, "network", "reload", container), errors.Join(err, match(nameRegexp, "container name", container))
+}
+
 // NetworkRemoveArgs renders the removal of a network with its containers. Old
 // podmans fail if it isn't there.
 func NetworkRemoveArgs(e Engine, name string) ([]string, error) {
