@@ -260,6 +260,16 @@ func (h *host) watchOnce(ctx context.Context, id backend.GrantID, usage func(bac
 	defer cancel()
 	r, err := h.record(ctx, id)
 	if isMissing(err) {
+		// A damaged record is no reason to end what runs.
+		there, errExists := h.fs.Exists(ctx, h.backend.dirs.grant(id)+"/"+recordFile)
+		if errExists != nil {
+			return backend.Exit{}, false, errExists
+		}
+		if there {
+			r, err = h.recordOrIntent(ctx, id)
+		}
+	}
+	if isMissing(err) {
 		return backend.Exit{}, false, backenderr.New(backenderr.InstanceNotFound, "host %s has nothing of grant %s", h.config.Name, id)
 	}
 	if err != nil {
@@ -339,7 +349,7 @@ func (h *host) logWithoutSpool(ctx context.Context, r record, log backend.Comput
 	if err != nil {
 		return backend.ComputeLog{}, err
 	}
-	if bootID != r.BootID {
+	if r.complete() && bootID != r.BootID {
 		log.Exit = backend.Exit{Reason: backend.EndHostRebooted, Message: "host " + h.config.Name + " was rebooted"}
 		return log, nil
 	}
