@@ -224,6 +224,7 @@ func storeNew(s *site, archive []byte) backend.Image {
 }
 
 func testNamesInArchives(t *testing.T, s *site) {
+	t.Helper()
 	key := newLogin(t)
 	honest := s.image(ociimage.Shell)
 	// The operator's own image, which has a name that others may know.
@@ -277,6 +278,7 @@ func testNamesInArchives(t *testing.T, s *site) {
 }
 
 func testArchivesOfOtherKinds(t *testing.T, s *site) {
+	t.Helper()
 	key := newLogin(t)
 	shell, tiny := makeArchive(t, ociimage.Configured).data, makeArchive(t, ociimage.Stubborn).data
 	inHost, inBridge := hostImages(t, s), bridgeImages(t, s)
@@ -306,6 +308,7 @@ func testArchivesOfOtherKinds(t *testing.T, s *site) {
 }
 
 func testFlushedFirewall(t *testing.T, s *site) {
+	t.Helper()
 	key := newLogin(t)
 	h, image := s.hosts[0], s.image(ociimage.Shell)
 	outside := endpoint{"outside", h.Lab().Addr().String(), listenHere(t, h.Lab().Addr().String())}
@@ -420,6 +423,7 @@ func (s *site) reconnect(t *testing.T) {
 }
 
 func testDamagedRecord(t *testing.T, s *site) {
+	t.Helper()
 	key := newLogin(t)
 	image := s.image(ociimage.Shell)
 	for _, content := range []string{`{"version": 1, "gra`, strings.Repeat("x", maxRecordBytes+1)} {
@@ -461,6 +465,7 @@ func (r stalled) Read(p []byte) (int, error) {
 }
 
 func testCutOffUpload(t *testing.T, s *site) {
+	t.Helper()
 	h, d := s.driver.hosts[0], s.driver.dirs
 	temps := func() string {
 		t.Helper()
@@ -497,6 +502,7 @@ func testCutOffUpload(t *testing.T, s *site) {
 }
 
 func testFilesOfPodman(t *testing.T, s *site) {
+	t.Helper()
 	key := newLogin(t)
 	g, e := grant(s.image(ociimage.Shell), key)
 	p := s.provision(t, g, e)
@@ -529,6 +535,7 @@ func testFilesOfPodman(t *testing.T, s *site) {
 }
 
 func testEarlierAttempt(t *testing.T, s *site) {
+	t.Helper()
 	key := newLogin(t)
 	a := makeArchive(t, ociimage.Shell)
 	digest, err := backend.ParseDigest("blake3:" + a.blake3)
@@ -576,6 +583,7 @@ func testEarlierAttempt(t *testing.T, s *site) {
 }
 
 func testEndOnAFullDisk(t *testing.T, s *site) {
+	t.Helper()
 	key := newLogin(t)
 	h, image := s.hosts[0], s.image(ociimage.Shell)
 	g, e := grant(image, key)
