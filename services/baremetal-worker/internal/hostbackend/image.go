@@ -147,7 +147,7 @@ func (c *imageCache) ensure(ctx context.Context, f *facts, image backend.Image, 
 // writes to it: the host's own podman has names in its store that an archive
 // could take over.
 func (c *imageCache) engine(f *facts) podman.Engine {
-	return podman.Engine{Root: f.imageStore, RunRoot: runDir + "/" + c.host.backend.env.BridgeID + "/images"}
+	return podman.Engine{Root: f.imageStore, RunRoot: runDir + "/images/" + c.host.backend.env.BridgeID}
 }
 
 // indexFile is where the cache remembers which image an archive became: by the
