@@ -207,7 +207,7 @@ func hostImages(t *testing.T, s *site) string {
 // bridgeImages are those in the bridge's store.
 func bridgeImages(t *testing.T, s *site) []string {
 	t.Helper()
-	out, err := s.hosts[0].Exec(t.Context(), "podman", "--root", s.driver.dirs.images.String(), "--runroot", runDir+"/test/images",
+	out, err := s.hosts[0].Exec(t.Context(), "podman", "--root", s.driver.dirs.images.String(), "--runroot", runDir+"/images/test",
 		"images", "--all", "--no-trunc", "--format", "{{.Repository}}:{{.Tag}} {{.ID}}")
 	if err != nil {
 		t.Fatal(err)

@@ -106,8 +106,9 @@ func TestWorkloadThatExits(t *testing.T) {
 		}
 		r := p
 		r.Receipt.User = "root"
+		// The end that it brings may hang up its own session.
 		if out, err := run(t, r, key, "killall sleep"); err != nil {
-			t.Fatalf("%v: %s", err, out)
+			t.Logf("%v: %s", err, out)
 		}
 		ended(t, s, p, backend.EndWorkloadExited, 128+15)
 	})
