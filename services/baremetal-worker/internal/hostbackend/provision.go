@@ -57,20 +57,20 @@ func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Rea
 	return ready, nil
 }
 
-// finishUndo returns the open attempt, or, if it was being undone when an
-// earlier undo failed or its process ended, undoes it and begins another: what
-// has the mark of an end never starts.
+// finishUndo returns the open attempt, or, if it has ended meanwhile, undoes it
+// and begins another: an undo that failed, or whose process ended, or a workload
+// that ended before anybody was told that it was ready. What has the mark of an
+// end never starts.
 func (b *Backend) finishUndo(ctx context.Context, grant backend.Grant, a *attempt) (*attempt, error) {
 	h := b.byName[a.params.Host]
 	if h == nil {
 		return a, nil
 	}
-	mark, err := h.fs.ReadFile(ctx, h.backend.dirs.grant(grant.ID)+"/"+guestapi.EndedFileName, maxRecordBytes)
-	switch {
-	case isMissing(err), err == nil && string(mark) != stoppedMark:
-		return a, nil
+	switch marked, err := h.fs.Exists(ctx, h.backend.dirs.grant(grant.ID)+"/"+guestapi.EndedFileName); {
 	case err != nil:
 		return nil, err
+	case !marked:
+		return a, nil
 	}
 	b.log.InfoContext(ctx, "Finishing the undoing of an attempt", "grant_id", grant.ID.String(), "host", h.config.Name, "attempt", a.number)
 	if err := h.clear(ctx, grant.ID, false); err != nil {
@@ -178,12 +178,6 @@ func (h *host) provision(ctx context.Context, order worker.Order, a *attempt) (w
 		return worker.Ready{}, err
 	}
 	if !status.Running() {
-		// An attempt that is taken up may have ended meanwhile.
-		if ended, err := h.fs.Exists(ctx, w.dir+"/"+guestapi.EndedFileName); err != nil {
-			return worker.Ready{}, err
-		} else if ended {
-			return worker.Ready{}, h.workloadFailed(ctx, w, "the workload ended before SSH was ready")
-		}
 		image, err := h.images.ensure(ctx, found, order.Grant.Image, order.ImagePointer, order.Progress)
 		if err != nil {
 			return worker.Ready{}, err
