@@ -225,8 +225,8 @@ func (r inspectReply) image() Image {
 	}
 }
 
-// ErrNotAnImage says that an archive is no image that podman understands.
-var ErrNotAnImage = errors.New("archive is not an OCI or Docker image")
+// ErrNotAnImage says that an archive is not exactly one image in OCI's format.
+var ErrNotAnImage = errors.New("archive is not exactly one OCI image")
 
 // loadedLine is what `podman load` prints for each image.
 var loadedLine = regexp.MustCompile(`^Loaded image(?:\(s\))?: (.+)$`)
