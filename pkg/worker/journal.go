@@ -16,7 +16,7 @@ import (
 
 // journal is a [Journal] over the ledger.
 type journal struct {
-	ledger *ledger.Ledger
+	ledger Ledger
 	signer *signer
 	// sequence orders interim logs; the time in microseconds grows across
 	// restarts without being stored.
@@ -116,7 +116,7 @@ func (j *journal) SavedLog(ctx context.Context, id backend.GrantID) (*backend.Co
 }
 
 // readLog returns the final log of a grant, else the interim one, else nil.
-func readLog(ctx context.Context, l *ledger.Ledger, id backend.GrantID) (*backend.SignedLog, error) {
+func readLog(ctx context.Context, l Ledger, id backend.GrantID) (*backend.SignedLog, error) {
 	stored, err := l.Log(ctx, ledger.RequestID(id))
 	switch {
 	case errors.Is(err, ledger.ErrNotFound):

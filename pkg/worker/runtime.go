@@ -37,7 +37,7 @@ type RuntimeConfig struct {
 	BridgeID string
 	Backend  string
 	// Ledger is kept by the caller, who closes it after the runtime.
-	Ledger *ledger.Ledger
+	Ledger Ledger
 	// Secret is the worker secret, from which host keys and the key that signs
 	// compute logs are derived. Replicas share it.
 	Secret redact.Secret

@@ -21,13 +21,23 @@ const closedByRouter = "TERMINATED"
 // that each step is one compare-and-swap.
 const leavingMark = "!"
 
+// Ledger is what claims need of a [ledger.Ledger], whose documentation says what
+// the methods do.
+type Ledger interface {
+	PutClaim(ctx context.Context, c ledger.Claim) (stored ledger.Claim, created bool, err error)
+	Claim(ctx context.Context, id ledger.RequestID) (ledger.Claim, error)
+	MoveClaim(ctx context.Context, id ledger.RequestID, from, to string) error
+	CloseGrant(ctx context.Context, c ledger.Closure) (stored ledger.Closure, created bool, err error)
+	Closure(ctx context.Context, id ledger.RequestID) (ledger.Closure, error)
+}
+
 // Store is a [fleet.Claims] in a ledger.
-type Store struct{ ledger *ledger.Ledger }
+type Store struct{ ledger Ledger }
 
 var _ fleet.Claims = (*Store)(nil)
 
 // New returns the claims in l, which the caller closes.
-func New(l *ledger.Ledger) *Store { return &Store{ledger: l} }
+func New(l Ledger) *Store { return &Store{ledger: l} }
 
 // Get implements [fleet.Claims].
 func (s *Store) Get(ctx context.Context, id backend.GrantID) (fleet.Claim, error) {
