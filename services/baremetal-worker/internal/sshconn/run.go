@@ -104,7 +104,7 @@ func (c *Conn) Run(ctx context.Context, cmd Command) (Result, error) {
 		return Result{}, c.classify(err, "run "+program)
 	}
 	defer func() { <-l.sessions }()
-	session, err := l.session(ctx)
+	session, err := c.session(ctx, l)
 	if err != nil {
 		return Result{}, c.classify(err, "run "+program)
 	}
@@ -180,24 +180,6 @@ func acquire(ctx context.Context, l *link, slots chan struct{}) error {
 		return errors.New("connection lost")
 	case <-ctx.Done():
 		return fmt.Errorf("wait for a free session: %w", ctx.Err())
-	}
-}
-
-// session opens a session, again and again while sshd has none free.
-func (l *link) session(ctx context.Context) (*ssh.Session, error) {
-	for {
-		session, err := await(ctx, l, l.client.NewSession, func(s *ssh.Session) { _ = s.Close() })
-		var refusal *ssh.OpenChannelError
-		if err == nil || !errors.As(err, &refusal) {
-			return session, err
-		}
-		select {
-		case <-time.After(openRetry):
-		case <-ctx.Done():
-			return nil, fmt.Errorf("sshd opens no session: %w (%w)", ctx.Err(), err)
-		case <-l.done:
-			return nil, errors.New("connection lost")
-		}
 	}
 }
 

@@ -4,7 +4,9 @@
 //
 // A host is trusted only by the keys that are pinned in the configuration;
 // there is no trust on first use. A lost connection fails everything that is in
-// flight at once, and is dialled again for ever.
+// flight at once, and is dialled again for ever. Where sshd allows too few
+// sessions on a connection, spare ones beside it carry the rest; they end with
+// it.
 package sshconn
 
 import (
@@ -37,6 +39,7 @@ const (
 	defaultRefusedBackoff = 2 * time.Minute
 	defaultCommandTimeout = 2 * time.Minute
 	defaultMaxSessions    = 4
+	defaultSpareIdle      = 2 * time.Minute
 )
 
 // Config is how a host is reached.
@@ -76,6 +79,13 @@ type Config struct {
 	// MaxSessions is how many commands run at a time. sshd allows ten sessions
 	// on a connection and frees them late, so the default is 4.
 	MaxSessions int
+	// SpareIdle is how long a spare connection, opened because sshd had no
+	// session left on the others, is kept without one. Default 2 min.
+	SpareIdle time.Duration
+	// Admit, if set, is told the process id of the sshd that serves a spare
+	// connection, before anything else is done over it. An error closes it. It
+	// is for who must be able to end on the host all that this connection does.
+	Admit func(ctx context.Context, sshd int) error
 	// Dial opens the TCP connection; the default is a net.Dialer.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
@@ -109,6 +119,7 @@ func (c Config) withDefaults() (Config, error) {
 	set(&c.BackoffMax, defaultBackoffMax)
 	set(&c.RefusedBackoff, defaultRefusedBackoff)
 	set(&c.CommandTimeout, defaultCommandTimeout)
+	set(&c.SpareIdle, defaultSpareIdle)
 	if c.MaxSessions <= 0 {
 		c.MaxSessions = defaultMaxSessions
 	}
@@ -156,6 +167,9 @@ type State struct {
 	LastError error
 	// ServerVersion is what sshd calls itself.
 	ServerVersion string
+	// Spares is how many connections there are beside the main one, because
+	// sshd allows few sessions on each. [Conn.Changed] doesn't tell changes of it.
+	Spares int
 }
 
 // Conn is a host's connection. All methods may be called at any time by any
@@ -175,12 +189,20 @@ type Conn struct {
 	closed  bool
 }
 
-// link is one SSH connection of the many that a Conn has over time.
+// link is one SSH connection of the many that a Conn has over time, with the
+// spare ones that it needs.
 type link struct {
-	client     *ssh.Client
-	transport  *activityConn
+	*wire
+
 	generation uint64
 	done       chan struct{} // closed once the connection is lost
+
+	dialling    chan struct{} // held by who dials a spare
+	sparesMu    sync.Mutex    // protects spares, notBefore and all that wires count
+	spares      []*wire
+	notBefore   time.Time // of the next try to dial a spare
+	spareErr    error     // why the last try failed
+	sparesGroup sync.WaitGroup
 
 	sessions chan struct{} // slots for commands
 	long     chan struct{} // slots for commands that take long
@@ -225,9 +247,8 @@ func (c *Conn) Close() error {
 
 // State returns what is known now.
 func (c *Conn) State() State {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.state
+	state, _ := c.Changed()
+	return state
 }
 
 // Connected reports whether there is a connection.
@@ -241,7 +262,11 @@ func (c *Conn) LastError() error { return c.State().LastError }
 func (c *Conn) Changed() (State, <-chan struct{}) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.state, c.changed
+	state := c.state
+	if c.link != nil {
+		state.Spares = c.link.countSpares()
+	}
+	return state, c.changed
 }
 
 // Wait blocks until there is a connection. It gives up when ctx ends, after
@@ -351,8 +376,29 @@ func (c *Conn) manage(ctx context.Context) {
 	}
 }
 
-// dial makes one connection, or says why not.
+// dial makes the connection, or says why not.
 func (c *Conn) dial(ctx context.Context) (*link, error) {
+	w, err := c.dialWire(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.mu.Lock()
+	c.made++
+	generation := c.made
+	c.mu.Unlock()
+	return &link{
+		wire:       w,
+		generation: generation,
+		done:       make(chan struct{}),
+		dialling:   make(chan struct{}, 1),
+		sessions:   make(chan struct{}, c.cfg.MaxSessions),
+		long:       make(chan struct{}, max(1, c.cfg.MaxSessions/2)),
+		streams:    make(chan struct{}, maxStreams),
+	}, nil
+}
+
+// dialWire makes one SSH connection.
+func (c *Conn) dialWire(ctx context.Context) (*wire, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.DialTimeout)
 	defer cancel()
 	tcp, err := c.cfg.Dial(ctx, "tcp", c.cfg.Address)
@@ -396,24 +442,12 @@ func (c *Conn) dial(ctx context.Context) (*link, error) {
 		}
 		return nil, c.dialError(err, mismatch, transport.greeting())
 	}
-	c.mu.Lock()
-	c.made++
-	generation := c.made
-	c.mu.Unlock()
-	l := &link{
-		client:     &ssh.Client{Conn: conn},
-		transport:  transport,
-		generation: generation,
-		done:       make(chan struct{}),
-		sessions:   make(chan struct{}, c.cfg.MaxSessions),
-		long:       make(chan struct{}, max(1, c.cfg.MaxSessions/2)),
-		streams:    make(chan struct{}, maxStreams),
-	}
-	transport.client.Store(l.client)
+	w := &wire{client: &ssh.Client{Conn: conn}, transport: transport}
+	transport.client.Store(w.client)
 	// One goroutine refuses what a host may ask of us, which is nothing;
 	// ssh.NewClient would start three.
 	go refuseAll(channels, requests)
-	return l, nil
+	return w, nil
 }
 
 // refuseAll answers the host's own requests until the connection ends.
@@ -467,10 +501,11 @@ func (c *Conn) hold(ctx context.Context, l *link) error {
 
 	lost := make(chan error, 1)
 	go func() { lost <- l.client.Wait() }()
-	err := c.keepAlive(ctx, l, lost)
+	err := c.keepAlive(ctx, l.wire, lost)
 
 	_ = l.transport.Close() // Not client.Close: that says goodbye first, which a dead peer never reads.
 	close(l.done)
+	l.closeSpares()
 	c.mu.Lock()
 	c.link = nil
 	c.mu.Unlock()
@@ -480,7 +515,7 @@ func (c *Conn) hold(ctx context.Context, l *link) error {
 }
 
 // keepAlive returns when the connection has ended or must.
-func (c *Conn) keepAlive(ctx context.Context, l *link, lost <-chan error) error {
+func (c *Conn) keepAlive(ctx context.Context, w *wire, lost <-chan error) error {
 	timer := time.NewTimer(untilTick(time.Now(), c.cfg.KeepaliveIdle))
 	defer timer.Stop()
 	for {
@@ -494,8 +529,8 @@ func (c *Conn) keepAlive(ctx context.Context, l *link, lost <-chan error) error 
 			return fmt.Errorf("connection lost: %w", err)
 		case <-timer.C:
 		}
-		if idle := time.Since(time.Unix(0, l.transport.lastRead.Load())); idle >= c.cfg.KeepaliveIdle/2 {
-			if err := c.ping(ctx, l); err != nil {
+		if idle := time.Since(time.Unix(0, w.transport.lastRead.Load())); idle >= c.cfg.KeepaliveIdle/2 {
+			if err := c.ping(ctx, w); err != nil {
 				return err
 			}
 		}
@@ -510,10 +545,10 @@ func untilTick(now time.Time, period time.Duration) time.Duration {
 }
 
 // ping asks the host for a sign of life.
-func (c *Conn) ping(ctx context.Context, l *link) error {
+func (c *Conn) ping(ctx context.Context, w *wire) error {
 	answer := make(chan error, 1)
 	go func() {
-		_, _, err := l.client.SendRequest("keepalive@openssh.com", true, nil)
+		_, _, err := w.client.SendRequest("keepalive@openssh.com", true, nil)
 		answer <- err
 	}()
 	limit := time.NewTimer(c.cfg.KeepaliveLimit)
@@ -538,7 +573,7 @@ func (c *Conn) Ping(ctx context.Context) (time.Duration, error) {
 		return 0, err
 	}
 	began := time.Now()
-	if err := c.ping(ctx, l); err != nil {
+	if err := c.ping(ctx, l.wire); err != nil {
 		return 0, c.classify(err, "ping")
 	}
 	return time.Since(began), nil

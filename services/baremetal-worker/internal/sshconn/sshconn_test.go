@@ -44,6 +44,7 @@ func TestConfigNeedsAPinnedHostKey(t *testing.T) {
 
 // TestHost shares one host among the tests that leave it as it was.
 func TestHost(t *testing.T) {
+	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{})
 	conn := connect(t, config(host))
 
@@ -240,6 +241,7 @@ func TestHost(t *testing.T) {
 }
 
 func TestARefusedLoginIsSaidAndNotRepeatedQuickly(t *testing.T) {
+	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{SSHDConfig: []string{"PerSourcePenalties authfail:30s min:1s"}})
 	cfg := config(host)
 	cfg.Key = newKey(t)
@@ -265,6 +267,7 @@ func TestARefusedLoginIsSaidAndNotRepeatedQuickly(t *testing.T) {
 }
 
 func TestALostConnectionFailsEverythingAndComesBack(t *testing.T) {
+	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{})
 	conn := connect(t, config(host))
 	if _, err := host.Exec(t.Context(), "systemctl", "start", "podman.socket"); err != nil {
@@ -335,6 +338,7 @@ func TestALostConnectionFailsEverythingAndComesBack(t *testing.T) {
 }
 
 func TestASilentHostIsGivenUp(t *testing.T) {
+	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{})
 	cfg := config(host)
 	cfg.KeepaliveIdle, cfg.KeepaliveLimit, cfg.DialTimeout = 300*time.Millisecond, 300*time.Millisecond, 500*time.Millisecond
@@ -357,6 +361,7 @@ func TestASilentHostIsGivenUp(t *testing.T) {
 }
 
 func TestSocketsAreReachedWithoutForwarding(t *testing.T) {
+	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{SSHDConfig: []string{"AllowStreamLocalForwarding no"}})
 	if _, err := host.Exec(t.Context(), "systemctl", "start", "podman.socket"); err != nil {
 		t.Fatal(err)
@@ -373,6 +378,7 @@ func TestSocketsAreReachedWithoutForwarding(t *testing.T) {
 }
 
 func TestCloseEndsEverything(t *testing.T) {
+	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{})
 	conn := connect(t, config(host))
 	running := make(chan error, 1)

@@ -92,7 +92,7 @@ func (c *Conn) dialBridge(ctx context.Context, l *link, path string, args []stri
 		return nil, c.classify(err, "connect to "+path)
 	}
 	release := sync.OnceFunc(func() { <-l.streams })
-	session, err := l.session(ctx)
+	session, err := c.session(ctx, l)
 	if err != nil {
 		release()
 		return nil, c.classify(err, "connect to "+path)
@@ -114,7 +114,7 @@ func (c *Conn) dialBridge(ctx context.Context, l *link, path string, args []stri
 
 // streamConn is a program's standard input and output as a net.Conn.
 type streamConn struct {
-	session *ssh.Session
+	session *session
 	in      io.WriteCloser
 	out     io.Reader
 	path    string
@@ -165,25 +165,25 @@ func (c *Conn) SFTP(ctx context.Context) (*sftp.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	client, err := await(ctx, l, func() (*sftp.Client, error) { return l.openSFTP(ctx) }, func(*sftp.Client) {})
+	client, err := await(ctx, l, func() (*sftp.Client, error) { return c.openSFTP(ctx, l) }, func(*sftp.Client) {})
 	if err != nil {
 		return nil, c.classify(err, "open SFTP")
 	}
 	return client, nil
 }
 
-// openSFTP opens the one SFTP session of a connection.
-func (l *link) openSFTP(ctx context.Context) (*sftp.Client, error) {
+// openSFTP opens the one SFTP session of a link.
+func (c *Conn) openSFTP(ctx context.Context, l *link) (*sftp.Client, error) {
 	l.sftpMu.Lock()
 	defer l.sftpMu.Unlock()
 	if l.sftp != nil {
 		return l.sftp, nil
 	}
-	session, err := l.session(ctx)
+	session, err := c.session(ctx, l)
 	if err != nil {
 		return nil, err
 	}
-	client, err := startSFTP(session)
+	client, err := startSFTP(session.Session)
 	if err != nil {
 		_ = session.Close()
 		return nil, fmt.Errorf("sftp: %w", err)
