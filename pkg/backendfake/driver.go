@@ -231,7 +231,7 @@ func (d *Driver) load(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	views, err := d.provider.list(ctx, d.process, d.env.BridgeID)
+	views, err := d.provider.list(ctx, d.process, backend.GrantID{}, d.env.BridgeID)
 	if err != nil && !d.has(BugBlind) {
 		return classify(err, "list instances")
 	}
@@ -676,7 +676,7 @@ func (d *Driver) Terminate(ctx context.Context, id backend.GrantID) (*backend.Co
 	}
 	var views []view
 	err = d.retry(ctx, func() (err error) {
-		views, err = d.provider.list(ctx, d.process, d.env.BridgeID)
+		views, err = d.provider.list(ctx, d.process, id, d.env.BridgeID)
 		return err
 	})
 	if err != nil && !d.has(BugBlind) {
@@ -746,7 +746,7 @@ func (d *Driver) settle(ctx context.Context, id backend.GrantID, attempt uint32)
 
 // List implements backend.Inventory.
 func (d *Driver) List(ctx context.Context) (backend.Listing, error) {
-	views, err := d.provider.list(ctx, d.process, d.env.BridgeID)
+	views, err := d.provider.list(ctx, d.process, backend.GrantID{}, d.env.BridgeID)
 	if err != nil {
 		return backend.Listing{}, classify(err, "list instances")
 	}

@@ -154,7 +154,8 @@ func (p *Provider) take(op Op, id backend.GrantID) *Injection {
 // Call is one call of the provider's API, as [Provider.Calls] lists it.
 type Call struct {
 	Op Op
-	// GrantID is the grant it was for, zero for a list.
+	// GrantID is the grant it was for, zero for a list that was for none in
+	// particular.
 	GrantID backend.GrantID
 	// Err is what the caller got, "" for success, "pending" while it is under
 	// way.
@@ -162,6 +163,9 @@ type Call struct {
 	// Effect says that the call changed something.
 	Effect bool
 }
+
+// Mutates reports whether calls of the op may change something.
+func (o Op) Mutates() bool { return o == OpCreate || o == OpStop || o == OpDelete }
 
 // Calls returns the calls since the provider was made, in the order in which
 // they began.

@@ -460,9 +460,10 @@ func (p *Provider) describe(ctx context.Context, from *process, id backend.Grant
 	return out, err
 }
 
-func (p *Provider) list(ctx context.Context, from *process, bridge string) ([]view, error) {
+// list is made for one grant, or for none in particular.
+func (p *Provider) list(ctx context.Context, from *process, id backend.GrantID, bridge string) ([]view, error) {
 	var out []view
-	err := p.call(ctx, from, OpList, backend.GrantID{}, func() (bool, error) {
+	err := p.call(ctx, from, OpList, id, func() (bool, error) {
 		for _, i := range p.instances {
 			if i.bridge == bridge && !time.Now().Before(i.visibleAt) {
 				out = append(out, i.read())

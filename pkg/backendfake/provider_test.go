@@ -89,11 +89,11 @@ func TestDeleteTakesTimeAndReadsLag(t *testing.T) {
 		_, err := p.create(t.Context(), from, r)
 		wantCode(t, "create", err, "")
 		wantCode(t, "delete before it is visible", p.delete(t.Context(), from, r.id, r.name), CodeNotFound)
-		if views, err := p.list(t.Context(), from, "test"); err != nil || len(views) != 0 {
+		if views, err := p.list(t.Context(), from, backend.GrantID{}, "test"); err != nil || len(views) != 0 {
 			t.Errorf("list shows %d instances before they are visible (%v)", len(views), err)
 		}
 		<-time.After(time.Second)
-		if views, err := p.list(t.Context(), from, "other"); err != nil || len(views) != 0 {
+		if views, err := p.list(t.Context(), from, backend.GrantID{}, "other"); err != nil || len(views) != 0 {
 			t.Errorf("list shows %d instances of another bridge (%v)", len(views), err)
 		}
 		wantCode(t, "delete", p.delete(t.Context(), from, r.id, r.name), "")
@@ -155,7 +155,7 @@ func TestFaults(t *testing.T) {
 		p.Inject(OpList, Fault{Kind: Denied, Skip: 1, Times: 2})
 		var codes []string
 		for range 4 {
-			_, err := p.list(t.Context(), from, "test")
+			_, err := p.list(t.Context(), from, backend.GrantID{}, "test")
 			codes = append(codes, codeOf(err))
 		}
 		if want := []string{"", CodeDenied, CodeDenied, ""}; !slices.Equal(codes, want) {
@@ -178,7 +178,7 @@ func TestFaults(t *testing.T) {
 		fault := p.FailNext(OpList, Slow)
 		done := make(chan error, 1)
 		go func() {
-			_, err := p.list(t.Context(), newProcess(), "test")
+			_, err := p.list(t.Context(), newProcess(), backend.GrantID{}, "test")
 			done <- err
 		}()
 		<-fault.Reached()
@@ -189,7 +189,7 @@ func TestFaults(t *testing.T) {
 		fault = p.FailNext(OpList, Slow)
 		ctx, cancel := context.WithCancel(t.Context())
 		go func() {
-			_, err := p.list(ctx, newProcess(), "test")
+			_, err := p.list(ctx, newProcess(), backend.GrantID{}, "test")
 			done <- err
 		}()
 		<-fault.Reached()
@@ -210,10 +210,10 @@ func TestFaults(t *testing.T) {
 			if got := len(p.Names()); got != left {
 				t.Errorf("%d instances exist, want %d", got, left)
 			}
-			if _, err := p.list(t.Context(), from, "test"); !errors.Is(err, errKilled) {
+			if _, err := p.list(t.Context(), from, backend.GrantID{}, "test"); !errors.Is(err, errKilled) {
 				t.Errorf("a dead process lists: %v", err)
 			}
-			if _, err := p.list(t.Context(), newProcess(), "test"); err != nil {
+			if _, err := p.list(t.Context(), newProcess(), backend.GrantID{}, "test"); err != nil {
 				t.Errorf("another process can't list: %v", err)
 			}
 		})

@@ -11,7 +11,7 @@ func crashCases() []testCase {
 	needs := []need{needInject, needReopen, needHistory}
 	return []testCase{
 		{name: "crash/during Provision, which is then retried", needs: needs, direct: true, run: func(e *env) {
-			e.crashes(e.f.ProvisionPoints, func(fault func(backend.GrantID) Injection) {
+			e.crashes(e.provisionPoints(), func(fault func(backend.GrantID) Injection) {
 				g, envelope := e.grant()
 				injection := fault(g.ID)
 				call := e.begin(e.ctx(), g, envelope)
@@ -25,7 +25,7 @@ func crashCases() []testCase {
 			})
 		}},
 		{name: "crash/during Provision, and then Terminate", needs: needs, direct: true, run: func(e *env) {
-			e.crashes(e.f.ProvisionPoints, func(fault func(backend.GrantID) Injection) {
+			e.crashes(e.provisionPoints(), func(fault func(backend.GrantID) Injection) {
 				g, envelope := e.grant()
 				injection := fault(g.ID)
 				call := e.begin(e.ctx(), g, envelope)
@@ -38,7 +38,7 @@ func crashCases() []testCase {
 			})
 		}},
 		{name: "crash/during Terminate, which is then retried", needs: needs, direct: true, run: func(e *env) {
-			e.crashes(e.f.DeletePoints, func(fault func(backend.GrantID) Injection) {
+			e.crashes(e.endPoints(), func(fault func(backend.GrantID) Injection) {
 				g, envelope, p := e.ready()
 				injection := fault(g.ID)
 				call := e.beginTerminate(e.ctx(), p.Instance.Handle)
@@ -53,7 +53,7 @@ func crashCases() []testCase {
 			})
 		}},
 		{name: "crash/during Terminate, which nobody retries", needs: needs, direct: true, run: func(e *env) {
-			e.crashes(e.f.DeletePoints, func(fault func(backend.GrantID) Injection) {
+			e.crashes(e.endPoints(), func(fault func(backend.GrantID) Injection) {
 				g, _, p := e.ready()
 				injection := fault(g.ID)
 				call := e.beginTerminate(e.ctx(), p.Instance.Handle)

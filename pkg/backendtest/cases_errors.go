@@ -26,7 +26,7 @@ var faultReasons = map[FaultKind][]backenderr.Reason{
 func errorCases() []testCase {
 	return []testCase{
 		{name: "errors/every refusal has its reason and leaves nothing", needs: []need{needInject}, direct: true, run: func(e *env) {
-			for _, point := range e.f.ProvisionPoints {
+			for _, point := range e.provisionPoints() {
 				kinds := []FaultKind{FaultDenied, FaultUnauthenticated, FaultUnavailable}
 				if point == e.f.CreatePoint {
 					kinds = append(kinds, FaultCapacity, FaultQuota, FaultThrottled)
@@ -37,7 +37,7 @@ func errorCases() []testCase {
 			}
 		}},
 		{name: "errors/a short fault is survived or told", needs: []need{needInject}, run: func(e *env) {
-			for _, point := range e.f.ProvisionPoints {
+			for _, point := range e.provisionPoints() {
 				for _, kind := range []FaultKind{FaultUnavailable, FaultThrottled, FaultLostAnswer} {
 					e.failsAt(point, kind, false)
 				}
@@ -47,10 +47,12 @@ func errorCases() []testCase {
 			e.failsAt(e.f.CreatePoint, FaultLostAnswer, true)
 		}},
 		{name: "errors/clean-up that isn't confirmed is unknown", needs: []need{needInject}, run: func(e *env) {
+			making := e.provisionPoints()
+			ending := e.endPoints()
 			g, envelope := e.grant()
 			faults := []Injection{e.f.Inject(Fault{Point: e.f.CreatePoint, Kind: FaultLostAnswer, Always: true, GrantID: g.ID})}
-			for _, point := range e.f.DeletePoints {
-				if slices.Contains(e.f.ProvisionPoints, point) {
+			for _, point := range ending {
+				if slices.Contains(making, point) {
 					continue // It would fail before anything is made.
 				}
 				faults = append(faults, e.f.Inject(Fault{Point: point, Kind: FaultUnavailable, Always: true, GrantID: g.ID}))

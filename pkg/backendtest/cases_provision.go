@@ -360,7 +360,8 @@ func provisionCases() []testCase {
 		{name: "provision/when the last caller goes it is undone", needs: []need{needInject}, run: func(e *env) {
 			g, envelope := e.grant()
 			// Hang where the instance exists already.
-			last := e.f.ProvisionPoints[len(e.f.ProvisionPoints)-1]
+			points := e.provisionPoints()
+			last := points[len(points)-1]
 			fault := e.f.Inject(Fault{Point: last, Kind: FaultSlow, GrantID: g.ID})
 			defer fault.Release()
 			ctx, cancel := context.WithCancel(e.ctx())
@@ -378,7 +379,7 @@ func provisionCases() []testCase {
 			e.provision(g, envelope)
 		}},
 		{name: "provision/cancelled at each step is undone and may be retried", needs: []need{needInject}, run: func(e *env) {
-			for _, point := range e.f.ProvisionPoints {
+			for _, point := range e.provisionPoints() {
 				g, envelope := e.grant()
 				fault := e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID})
 				ctx, cancel := context.WithCancel(e.ctx())
@@ -393,7 +394,7 @@ func provisionCases() []testCase {
 			}
 		}},
 		{name: "provision/cut off by a restart may be retried", needs: []need{needInject, needReopen}, run: func(e *env) {
-			for _, point := range e.f.ProvisionPoints {
+			for _, point := range e.provisionPoints() {
 				g, envelope := e.grant()
 				fault := e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID})
 				call := e.begin(e.ctx(), g, envelope)

@@ -111,7 +111,7 @@ func terminateCases() []testCase {
 			e.want(err, "Provision of a closed grant", backenderr.GrantEnded)
 		}},
 		{name: "terminate/during Provision, at each step", needs: []need{needInject}, run: func(e *env) {
-			for _, point := range e.f.ProvisionPoints {
+			for _, point := range e.provisionPoints() {
 				g, envelope := e.grant()
 				fault := e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID})
 				call := e.begin(e.ctx(), g, envelope)
@@ -173,7 +173,7 @@ func terminateCases() []testCase {
 			e.want(err, "a second grant in the place of one", backenderr.CapacityExhausted, backenderr.WorkerFull)
 		}},
 		{name: "terminate/goes on until it is done, whatever fails", needs: []need{needInject}, run: func(e *env) {
-			for _, point := range e.f.DeletePoints {
+			for _, point := range e.endPoints() {
 				for _, kind := range []FaultKind{FaultUnavailable, FaultThrottled, FaultLostAnswer} {
 					_, _, p := e.ready()
 					fault := e.f.Inject(Fault{Point: point, Kind: kind, GrantID: p.Instance.GrantID})
@@ -197,7 +197,7 @@ func terminateCases() []testCase {
 					fault.Release()
 				}
 			}()
-			for _, point := range e.f.DeletePoints {
+			for _, point := range e.endPoints() {
 				faults = append(faults, e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID, Always: true}))
 			}
 			ctx, cancel := context.WithTimeout(e.ctx(), 1200*time.Millisecond)
@@ -214,7 +214,7 @@ func terminateCases() []testCase {
 		}},
 		{name: "terminate/cancelling stops the call and not the end", needs: []need{needInject}, run: func(e *env) {
 			g, envelope, p := e.ready()
-			fault := e.f.Inject(Fault{Point: e.f.DeletePoints[0], Kind: FaultSlow, GrantID: g.ID})
+			fault := e.f.Inject(Fault{Point: e.endPoints()[0], Kind: FaultSlow, GrantID: g.ID})
 			defer fault.Release()
 			ctx, cancel := context.WithCancel(e.ctx())
 			call := e.beginTerminate(ctx, p.Instance.Handle)

@@ -34,6 +34,7 @@ var (
 // env is what a case works with.
 type env struct {
 	testing.TB
+	h Harness
 	f *Fixture
 	m mode
 	// b is the backend, over gRPC if the mode says so, with everything that
@@ -47,9 +48,9 @@ type env struct {
 	secrets []string
 }
 
-func newEnv(t testing.TB, f *Fixture, m mode) *env {
+func newEnv(t testing.TB, h Harness, f *Fixture, m mode) *env {
 	t.Helper()
-	e := &env{TB: t, f: f, m: m, patience: cmp.Or(f.Patience, defaultPatience)}
+	e := &env{TB: t, h: h, f: f, m: m, patience: cmp.Or(f.Patience, defaultPatience)}
 	e.use(f.Backend)
 	return e
 }
@@ -71,7 +72,11 @@ func (e *env) use(b backend.Backend) {
 // reopen restarts the worker.
 func (e *env) reopen() {
 	e.Helper()
-	e.use(e.f.Reopen(e.TB))
+	b, err := e.f.Reopen(e.TB)
+	if err != nil {
+		e.Fatalf("Reopen: %v", err)
+	}
+	e.use(b)
 }
 
 // as returns a context of a caller that ends when patience does.

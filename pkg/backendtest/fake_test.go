@@ -204,22 +204,21 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 			if fault.Always {
 				times = -1
 			}
-			return f.provider.Inject(backendfake.Op(fault.Point), backendfake.Fault{Kind: fakeKinds[fault.Kind], Times: times, GrantID: fault.GrantID})
+			return f.provider.Inject(backendfake.Op(fault.Point), backendfake.Fault{
+				Kind: fakeKinds[fault.Kind], Skip: max(fault.Nth, 1) - 1, Times: times, GrantID: fault.GrantID,
+			})
 		},
-		ProvisionPoints: []string{string(backendfake.OpDescribe), string(backendfake.OpCreate), string(backendfake.OpReady)},
-		CreatePoint:     string(backendfake.OpCreate),
-		DeletePoints: []string{
-			string(backendfake.OpDescribe), string(backendfake.OpStop), string(backendfake.OpDelete), string(backendfake.OpConfirm),
-		},
-		ReadPoint: string(backendfake.OpList),
-		Reopen: func(t testing.TB) backend.Backend {
+		Record:      f.record,
+		CreatePoint: string(backendfake.OpCreate),
+		ReadPoint:   string(backendfake.OpList),
+		Reopen: func(t testing.TB) (backend.Backend, error) {
 			t.Helper()
 			f.stop()
 			if f.broken.amnesia {
 				f.ledger = openLedger(t)
 				t.Cleanup(f.stop) // Before the ledger is closed.
 			}
-			return f.start(t)
+			return f.start(t), nil
 		},
 		Kill: f.kill,
 		Runs: func(id backend.GrantID) bool { return f.provider.Running(id) > 0 },
@@ -234,6 +233,20 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 		fixture.Login = login
 	}
 	return fixture
+}
+
+// record writes down the calls of the provider's API for a grant, or all.
+func (f *fake) record(id backend.GrantID) (stop func() []Call) {
+	before := len(f.provider.Calls())
+	return func() []Call {
+		var calls []Call
+		for _, c := range f.provider.Calls()[before:] {
+			if id == (backend.GrantID{}) || c.GrantID == id {
+				calls = append(calls, Call{Side: SideProvider, Point: string(c.Op), Mutates: c.Op.Mutates(), Varies: c.Op == backendfake.OpWait})
+			}
+		}
+		return calls
+	}
 }
 
 // fakeKinds translates the suite's faults.

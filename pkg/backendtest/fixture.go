@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
 )
 
@@ -20,6 +21,29 @@ type Harness struct {
 	// DirectOnly leaves out the runs over gRPC, for a backend that is slow and
 	// whose runtime goes over gRPC elsewhere, or that is behind gRPC already.
 	DirectOnly bool
+	// Only, if not empty, are the groups of cases to run ("crash", "faults"):
+	// the part of a name before the slash. It is for a run that takes more
+	// time, beside one that has all cases.
+	Only []string
+	// Sweep bounds the cases that do something at every call. The zero value
+	// takes all calls.
+	Sweep Sweep
+}
+
+// Sweep says which of the calls that a clean run recorded are swept: which of
+// them the worker is killed at, or which fail. What is left out is counted and
+// told.
+type Sweep struct {
+	// Sample is how many calls each case takes, chosen at random; 0 means all.
+	Sample int
+	// Seed makes a random choice again; 0 means another one each time. Failures
+	// tell it.
+	Seed uint64
+	// MutatingOnly leaves out the calls that only read.
+	MutatingOnly bool
+	// Parallel is how many fixtures a sweep uses at the same time, for
+	// backends whose fixtures don't share hosts; 0 means 1.
+	Parallel int
 }
 
 // Fixture is a backend on a fresh provider, with handles on both. Fields that
@@ -73,29 +97,49 @@ type Fixture struct {
 	// the final log of a grant that nothing disturbed isn't partial.
 	Measures bool
 
-	// Inject makes the provider fail. Optional.
-	Inject func(f Fault) Injection
-	// ProvisionPoints are the provider calls that Provision makes for a new
-	// grant, in order; CreatePoint is the one of them that creates. They come
+	// Record writes down the calls that the worker makes for a grant to its
+	// provider and to its ledger, from now on until stop, which returns them in
+	// the order in which they began. The zero id means all calls, those that
+	// are for no grant in particular, such as listings, among them. It comes
 	// with Inject.
-	ProvisionPoints []string
-	CreatePoint     string
-	// DeletePoints are the provider calls without which nothing can be deleted.
-	// They come with Inject.
-	DeletePoints []string
+	//
+	// A call that doesn't tell for whom it is counts for every grant that it
+	// may be for: a fixture whose worker looks around in the background does
+	// best to have it look seldom.
+	Record func(id backend.GrantID) (stop func() []Call)
+	// Inject makes a call fail, or the worker die at it. Optional.
+	Inject func(f Fault) Injection
+	// Faults returns which faults can hit a call, and as what reasons
+	// Provision may tell each of them when it stays. nil means [DefaultFaults].
+	// Crashes are always possible.
+	Faults func(c Call) map[FaultKind][]backenderr.Reason
+	// CreatePoint is the provider call that creates. It comes with Inject.
+	CreatePoint string
 	// ReadPoint is the provider call that reads what exists. It comes with
 	// Inject.
 	ReadPoint string
 
 	// Reopen stops the backend without ending its grants and opens it again, as
-	// a restart of the process does: same provider, same ledger. After a crash
-	// fault the old one counts as dead. Optional.
-	Reopen func(t testing.TB) backend.Backend
+	// a restart of the process does: same provider, same ledger. After Kill, and
+	// after a crash fault, the old one is dead already. An error says that the
+	// new one didn't come up, as when a fault hits what it does at first; the
+	// next Reopen is another try then. Optional.
+	Reopen func(t testing.TB) (backend.Backend, error)
 
 	// Kill makes the worker dead at once, as kill -9 does: it does nothing any
-	// more, to the provider or to its ledger. Reopen then starts another.
-	// Optional.
+	// more, to the provider or to its ledger, and answers nobody. What it had
+	// sent may still have its effect. Reopen then starts another. Optional.
 	Kill func()
+	// OrphanAge is how long after its beginning the worker by itself undoes an
+	// attempt that was cut off and that nobody asks for any more. Optional: the
+	// cases that need it wait so long, so it should be short.
+	OrphanAge time.Duration
+	// Plant puts something at the provider behind the worker's back, which its
+	// ledger knows nothing of. Optional.
+	Plant func(ctx context.Context, p Planted) error
+	// Uproot removes what Plant put there.
+	Uproot func(ctx context.Context, p Planted) error
+
 	// Runs tells whether an instance of a grant runs, as the provider itself
 	// knows. It comes with Kill.
 	Runs func(id backend.GrantID) bool
@@ -162,23 +206,93 @@ const (
 	FaultCrashAfter FaultKind = "crash after"
 )
 
-// Fault is something that goes wrong at the provider.
-type Fault struct {
-	// Point is the provider call that it hits.
+// Side is whom the worker calls.
+type Side string
+
+// The sides.
+const (
+	SideProvider Side = "provider"
+	SideLedger   Side = "ledger"
+)
+
+// Call is one call that the worker made.
+type Call struct {
+	Side Side
+	// Point names what is called: "create", "ledger.PutClaim". It is the same
+	// in every run.
 	Point string
-	Kind  FaultKind
-	// Always means until it is released; else it hits one call.
+	// Mutates says that the call changes something, or would if there were
+	// something to change.
+	Mutates bool
+	// Varies says that time or chance decide how often the call is made, as a
+	// poll is. Sweeps take its first two, and another run may make fewer.
+	Varies bool
+}
+
+// Fault is something that goes wrong with a call.
+type Fault struct {
+	// Side is whose call it hits; empty means the provider's.
+	Side Side
+	// Point is the call that it hits.
+	Point string
+	// Nth is which of the calls it hits first, from 1, counted from Inject on;
+	// 0 means 1. Those calls count that Record would write down for GrantID.
+	Nth  int
+	Kind FaultKind
+	// Always means that it hits all calls from the Nth on until it is released;
+	// else it hits one.
 	Always bool
-	// GrantID, if set, lets calls for other grants pass.
+	// GrantID, if set, lets calls pass that are for other grants or, where a
+	// call tells for whom it is, for none in particular.
 	GrantID backend.GrantID
 }
 
-// Injection is a fault that is waiting or at work.
+// Planted is something that a worker without its ledger might have left.
+type Planted struct {
+	GrantID backend.GrantID
+	// Bridge is whose it is; empty means the fixture's own.
+	Bridge string
+	// ValidTo is the deadline that it carries. The platform doesn't enforce it.
+	ValidTo time.Time
+}
+
+// Injection is a fault that is waiting or at work. Its methods may be called by
+// several goroutines.
 type Injection interface {
-	// Reached is closed once the fault has hit.
+	// Reached is closed once the fault has hit. With a crash the worker is dead
+	// by then: before the call had its effect, or after.
 	Reached() <-chan struct{}
-	// Release ends the fault.
+	// Release ends the fault: what hangs goes on, and nothing is hit any more.
+	// It may be called again, and must be called in the end.
 	Release()
+}
+
+// DefaultFaults is [Fixture.Faults] of a provider whose every call may be
+// refused in every way, and of a ledger that may be out of reach.
+func DefaultFaults(createPoint string) func(Call) map[FaultKind][]backenderr.Reason {
+	return func(c Call) map[FaultKind][]backenderr.Reason {
+		if c.Side == SideLedger {
+			unavailable := []backenderr.Reason{backenderr.LedgerUnavailable}
+			return map[FaultKind][]backenderr.Reason{
+				FaultUnavailable: unavailable, FaultLostAnswer: unavailable,
+				FaultSlow: {backenderr.DeadlineExceeded, backenderr.LedgerUnavailable},
+			}
+		}
+		unavailable := []backenderr.Reason{backenderr.ProviderUnavailable, backenderr.BootTimeout}
+		faults := map[FaultKind][]backenderr.Reason{
+			FaultDenied:          {backenderr.ProviderDenied},
+			FaultUnauthenticated: {backenderr.ProviderUnauthenticated},
+			FaultThrottled:       unavailable,
+			FaultUnavailable:     unavailable,
+			FaultLostAnswer:      unavailable,
+			FaultSlow:            {backenderr.DeadlineExceeded, backenderr.BootTimeout},
+		}
+		if c.Point == createPoint {
+			faults[FaultCapacity] = []backenderr.Reason{backenderr.CapacityExhausted}
+			faults[FaultQuota] = []backenderr.Reason{backenderr.QuotaExceeded}
+		}
+		return faults
+	}
 }
 
 // need is an optional part of a fixture.
@@ -196,6 +310,8 @@ const (
 	needReopen    need = "Reopen"
 	needKill      need = "Kill"
 	needLogin     need = "Login"
+	needOrphanAge need = "OrphanAge"
+	needPlant     need = "Plant"
 )
 
 func (f *Fixture) has(n need) bool {
@@ -215,11 +331,15 @@ func (f *Fixture) has(n need) bool {
 	case needUsage:
 		return f.UsageInterval > 0
 	case needInject:
-		return f.Inject != nil && len(f.ProvisionPoints) > 0 && f.CreatePoint != "" && len(f.DeletePoints) > 0 && f.ReadPoint != ""
+		return f.Inject != nil && f.Record != nil && f.CreatePoint != "" && f.ReadPoint != ""
 	case needReopen:
 		return f.Reopen != nil
 	case needKill:
 		return f.Kill != nil && f.Runs != nil && f.Reopen != nil
+	case needOrphanAge:
+		return f.OrphanAge > 0
+	case needPlant:
+		return f.Plant != nil && f.Uproot != nil
 	case needLogin:
 		return f.Login != nil
 	}

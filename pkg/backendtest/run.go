@@ -41,7 +41,7 @@ const (
 func Run(t *testing.T, h Harness) {
 	t.Helper()
 	all := cases()
-	for _, problem := range checkSkip(all, h.Skip) {
+	for _, problem := range checkHarness(all, h) {
 		t.Error(problem)
 	}
 	modes := []mode{direct, grpc}
@@ -55,7 +55,7 @@ func Run(t *testing.T, h Harness) {
 					t.Logf("excepted: %s: %s", c.name, reason)
 					continue
 				}
-				if c.direct && m != direct {
+				if !h.wants(c) || c.direct && m != direct {
 					continue
 				}
 				t.Run(c.name, func(t *testing.T) { runCase(t, h, c, m) })
@@ -64,10 +64,23 @@ func Run(t *testing.T, h Harness) {
 	}
 }
 
-// checkSkip returns what is wrong with the exceptions.
-func checkSkip(all []testCase, skip map[string]string) []string {
+// wants tells whether a case is to run.
+func (h Harness) wants(c testCase) bool { return len(h.Only) == 0 || slices.Contains(h.Only, c.group()) }
+
+func (c testCase) group() string {
+	group, _, _ := strings.Cut(c.name, "/")
+	return group
+}
+
+// checkHarness returns what is wrong with the choice of cases.
+func checkHarness(all []testCase, h Harness) []string {
 	var problems []string
-	for name, reason := range skip {
+	for _, group := range h.Only {
+		if !slices.ContainsFunc(all, func(c testCase) bool { return c.group() == group }) {
+			problems = append(problems, fmt.Sprintf("Only names %q, which is no group of cases", group))
+		}
+	}
+	for name, reason := range h.Skip {
 		if !slices.ContainsFunc(all, func(c testCase) bool { return c.name == name }) {
 			problems = append(problems, fmt.Sprintf("Skip names %q, which is no case", name))
 		}
@@ -94,7 +107,7 @@ func runCase(t testing.TB, h Harness, c testCase, m mode) {
 			t.Fatalf("the fixture has no %s; give it one, or name the case in Skip with the reason", n)
 		}
 	}
-	e := newEnv(t, f, m)
+	e := newEnv(t, h, f, m)
 	defer e.finish()
 	c.run(e)
 }

@@ -476,11 +476,11 @@ func TestNothingIsLeftOutSilently(t *testing.T) {
 		"unknown name": {map[string]string{"provision/nonsense": "because"}, "no case"},
 		"no reason":    {map[string]string{"terminate/malformed handles": " "}, "no reason"},
 	} {
-		if problems := checkSkip(cases(), c.skip); len(problems) != 1 || !strings.Contains(problems[0], c.want) {
+		if problems := checkHarness(cases(), Harness{Skip: c.skip}); len(problems) != 1 || !strings.Contains(problems[0], c.want) {
 			t.Errorf("%s: %q", name, problems)
 		}
 	}
-	if problems := checkSkip(cases(), map[string]string{"terminate/malformed handles": "a reason"}); len(problems) > 0 {
+	if problems := checkHarness(cases(), Harness{Skip: map[string]string{"terminate/malformed handles": "a reason"}}); len(problems) > 0 {
 		t.Errorf("a proper exception: %q", problems)
 	}
 }

@@ -23,6 +23,27 @@ const (
 	lookAtHosts = "network"
 )
 
+// record names the steps that can be made to fail: those of the making of a
+// grant, or, if the hosts hold it, those of its end.
+func (s *suiteSite) record(t testing.TB, id backend.GrantID) (stop func() []backendtest.Call) {
+	t.Helper()
+	steps := []string{stepDisk, stepRun}
+	left, err := s.leftovers(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if slices.ContainsFunc(left, func(l backendtest.Leftover) bool { return l.GrantID == id }) {
+		steps = []string{stepStop, stepNetwork}
+	}
+	return func() []backendtest.Call {
+		var calls []backendtest.Call
+		for _, step := range steps {
+			calls = append(calls, backendtest.Call{Side: backendtest.SideProvider, Point: step, Mutates: true})
+		}
+		return calls
+	}
+}
+
 // faultProgram stands in for a program of the host. It looks whether a fault
 // waits for this call: what is told of it in a file is the step, the grant, what
 // to do instead, and whether to do so again. It says that the fault was reached,

@@ -278,14 +278,13 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 		History:  func(id backend.GrantID) backendtest.History { return s.history(t, id) },
 		Inject:   func(fault backendtest.Fault) backendtest.Injection { return s.inject(t, fault) },
 
-		ProvisionPoints: []string{stepDisk, stepRun},
-		CreatePoint:     stepDisk,
-		DeletePoints:    []string{stepStop, stepNetwork},
-		ReadPoint:       lookAtHosts,
-		Reopen: func(t testing.TB) backend.Backend {
+		Record:      func(id backend.GrantID) func() []backendtest.Call { return s.record(t, id) },
+		CreatePoint: stepDisk,
+		ReadPoint:   lookAtHosts,
+		Reopen: func(t testing.TB) (backend.Backend, error) {
 			t.Helper()
 			s.stop(t)
-			return s.start(t)
+			return s.start(t), nil
 		},
 	}
 	for _, n := range suiteRoom {

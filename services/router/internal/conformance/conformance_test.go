@@ -235,18 +235,30 @@ func (s *site) fixture(t testing.TB) *backendtest.Fixture {
 			if f.Always {
 				times = -1
 			}
-			return s.provider.Inject(backendfake.Op(f.Point), backendfake.Fault{Kind: faults[f.Kind], Times: times, GrantID: f.GrantID})
+			return s.provider.Inject(backendfake.Op(f.Point), backendfake.Fault{
+				Kind: faults[f.Kind], Skip: max(f.Nth, 1) - 1, Times: times, GrantID: f.GrantID,
+			})
 		},
-		ProvisionPoints: []string{string(backendfake.OpDescribe), string(backendfake.OpCreate), string(backendfake.OpReady)},
-		CreatePoint:     string(backendfake.OpCreate),
-		DeletePoints: []string{
-			string(backendfake.OpDescribe), string(backendfake.OpStop), string(backendfake.OpDelete), string(backendfake.OpConfirm),
+		Record: func(id backend.GrantID) func() []backendtest.Call {
+			before := len(s.provider.Calls())
+			return func() []backendtest.Call {
+				var calls []backendtest.Call
+				for _, c := range s.provider.Calls()[before:] {
+					if id == (backend.GrantID{}) || c.GrantID == id {
+						calls = append(calls, backendtest.Call{
+							Side: backendtest.SideProvider, Point: string(c.Op), Mutates: c.Op.Mutates(), Varies: c.Op == backendfake.OpWait,
+						})
+					}
+				}
+				return calls
+			}
 		},
-		ReadPoint: string(backendfake.OpList),
-		Reopen: func(t testing.TB) backend.Backend {
+		CreatePoint: string(backendfake.OpCreate),
+		ReadPoint:   string(backendfake.OpList),
+		Reopen: func(t testing.TB) (backend.Backend, error) {
 			t.Helper()
 			s.stop()
-			return s.start(t)
+			return s.start(t), nil
 		},
 		Kill: func() {
 			s.mu.Lock()
