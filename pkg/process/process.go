@@ -43,7 +43,28 @@ type Program[C any] struct {
 	LogLevel func(C) string
 	// Run serves until ctx ends.
 	Run func(ctx context.Context, c C, log *slog.Logger) error
+	// Commands are what the program does beside serving.
+	Commands []Command[C]
 }
+
+// Command is something that a program does once with its configuration and then
+// ends: `NAME COMMAND [flags]`. Every command has the flag -config.
+type Command[C any] struct {
+	// Name is the first argument.
+	Name string
+	// Summary says in a line what it does.
+	Summary string
+	// Prepare adds the command's flags and returns what runs it, once they are
+	// parsed. That returns the exit code; with an error, which is printed, a
+	// code of 0 counts as 1.
+	Prepare func(flags *flag.FlagSet) func(ctx context.Context, c C, log *slog.Logger, stdout io.Writer) (int, error)
+}
+
+// UsageError is an error of a command that was called wrongly: exit code 2.
+type UsageError string
+
+// Error implements error.
+func (e UsageError) Error() string { return string(e) }
 
 // Main runs the program with the process's own arguments and exits. The first
 // SIGINT or SIGTERM stops it in order, a second one at once.
@@ -56,9 +77,21 @@ func (p Program[C]) Main() {
 // Execute is the command line. It returns the exit code: 0 done, 1 failed, 2
 // called wrongly.
 func (p Program[C]) Execute(ctx context.Context, args []string, stdout, stderr io.Writer) int {
+	for _, c := range p.Commands {
+		if len(args) > 0 && args[0] == c.Name {
+			return p.execute(ctx, c, args[1:], stdout, stderr)
+		}
+	}
 	flags := flag.NewFlagSet(p.Name, flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	path := flags.String("config", "/etc/compute-bridge/"+p.Name+".toml", "`file` with the configuration")
+	flags.Usage = func() {
+		_, _ = fmt.Fprintf(stderr, "Usage of %s:\n", p.Name)
+		flags.PrintDefaults()
+		for _, c := range p.Commands {
+			_, _ = fmt.Fprintf(stderr, "  %s\n\t%s; see %s %s -h\n", c.Name, c.Summary, p.Name, c.Name)
+		}
+	}
+	path := flags.String("config", p.defaultConfig(), "`file` with the configuration")
 	check := flags.Bool("check-config", false, "check the configuration with the files it names, and exit")
 	version := flags.Bool("version", false, "print the version and exit")
 	healthy := flags.Bool("healthcheck", false, "ask the process that runs with this configuration whether it serves, and exit")
@@ -91,6 +124,45 @@ func (p Program[C]) Execute(ctx context.Context, args []string, stdout, stderr i
 	}
 	return exitOK
 }
+
+// execute runs one command.
+func (p Program[C]) execute(ctx context.Context, command Command[C], args []string, stdout, stderr io.Writer) int {
+	name := p.Name + " " + command.Name
+	flags := flag.NewFlagSet(name, flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	path := flags.String("config", p.defaultConfig(), "`file` with the configuration")
+	run := command.Prepare(flags)
+	switch err := flags.Parse(args); {
+	case errors.Is(err, flag.ErrHelp):
+		return exitOK
+	case err != nil:
+		return exitUsage
+	case flags.NArg() > 0:
+		_, _ = fmt.Fprintf(stderr, "%s: unexpected argument %q\n", name, flags.Arg(0))
+		return exitUsage
+	}
+	code, err := func() (int, error) {
+		c, err := config.Load[C](*path)
+		if err != nil {
+			return exitFailed, err
+		}
+		log, err := telemetry.NewLogger(stderr, telemetry.LogConfig{Level: p.LogLevel(c)})
+		if err != nil {
+			return exitFailed, fmt.Errorf("log_%w", err)
+		}
+		return run(ctx, c, log, stdout)
+	}()
+	if err == nil {
+		return code
+	}
+	_, _ = fmt.Fprintf(stderr, "%s: %v\n", name, err)
+	if _, wrong := errors.AsType[UsageError](err); wrong {
+		return exitUsage
+	}
+	return max(code, exitFailed)
+}
+
+func (p Program[C]) defaultConfig() string { return "/etc/compute-bridge/" + p.Name + ".toml" }
 
 func (p Program[C]) serve(ctx context.Context, c C, stderr io.Writer) (failure error) {
 	log, err := telemetry.NewLogger(stderr, telemetry.LogConfig{Level: p.LogLevel(c)})
