@@ -23,6 +23,8 @@
 //     put if absent and never changed or removed.
 //   - instances: what the first success of an attempt returned, put if absent,
 //     so that a retry returns the same bytes.
+//   - workers: the processes that work for a backend, and when each last said
+//     so. It has no law: nothing but the patience of a sweep depends on it.
 //
 // # Durability and sharing
 //
