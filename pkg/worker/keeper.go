@@ -386,7 +386,13 @@ func (k *keeper) make(ctx context.Context) (ready *backend.Provisioned, made boo
 	if err := r.journal.Check(ctx, k.id); err != nil {
 		return nil, true, err
 	}
-	if _, _, err := r.config.Ledger.PutInstance(ctx, ledger.Instance{RequestID: k.claim.RequestID, Attempt: instance.Attempt, Body: body}); err != nil {
+	_, _, err = r.config.Ledger.PutInstance(ctx, ledger.Instance{RequestID: k.claim.RequestID, Attempt: instance.Attempt, Body: body})
+	switch {
+	case errors.Is(err, ledger.ErrConflict):
+		// Who undid it took this process for dead.
+		return nil, true, backenderr.Wrap(backenderr.ProviderUnavailable, err, "attempt %d was undone by another process; call again", instance.Attempt).
+			WithRetryAfter(ledgerRetry)
+	case err != nil:
 		return nil, true, ledgerError(err, "store instance")
 	}
 	return &answer, true, nil

@@ -3,6 +3,7 @@ package worker
 import (
 	"context"
 	"iter"
+	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
@@ -31,6 +32,10 @@ type Ledger interface {
 
 	PutInstance(ctx context.Context, i ledger.Instance) (stored ledger.Instance, created bool, err error)
 	Instance(ctx context.Context, id ledger.RequestID) (ledger.Instance, error)
+
+	Beat(ctx context.Context, backend, process string) error
+	Leave(ctx context.Context, backend, process string) error
+	LastBeat(ctx context.Context, backend string) (time.Time, error)
 }
 
 var _ Ledger = (*ledger.Ledger)(nil)

@@ -11,6 +11,7 @@ package worker
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -80,6 +81,7 @@ type Runtime struct {
 	journal *journal
 	metrics *metrics
 	log     *slog.Logger
+	process string // names this process in the ledger
 
 	driver Driver
 	// live is the life of the process; keepers run under it.
@@ -119,6 +121,7 @@ func NewRuntime(c RuntimeConfig) (*Runtime, error) {
 		journal: &journal{ledger: c.Ledger, signer: k.signer, now: time.Now},
 		metrics: m,
 		log:     c.Log,
+		process: rand.Text(),
 		keepers: map[backend.GrantID]*keeper{},
 		sighted: map[sighting]bool{},
 	}, nil
@@ -140,8 +143,11 @@ func (r *Runtime) Env() Env {
 // goes on ending what was being ended, and starts the sweep. It fails only if
 // the ledger can't be read. Close stops it all.
 func (r *Runtime) Start(ctx context.Context, driver Driver) error {
-	r.driver = driver
-	r.live, r.stop = context.WithCancel(context.WithoutCancel(ctx))
+	r.attach(ctx, driver)
+	if err := r.config.Ledger.Beat(ctx, r.config.Backend, r.process); err != nil {
+		r.stop()
+		return ledgerError(err, "record that this process works")
+	}
 	for claim, err := range r.config.Ledger.LiveClaims(ctx, r.config.Backend) {
 		if err != nil {
 			r.stop()
@@ -153,7 +159,45 @@ func (r *Runtime) Start(ctx context.Context, driver Driver) error {
 		}
 	}
 	r.routines.Go(r.sweepForEver)
+	r.routines.Go(r.beatForEver)
 	return nil
+}
+
+// attach gives the runtime its driver and its life.
+func (r *Runtime) attach(ctx context.Context, driver Driver) {
+	r.driver = driver
+	r.live, r.stop = context.WithCancel(context.WithoutCancel(ctx))
+}
+
+// minBeat bounds how often a process says that it works.
+const minBeat = time.Second
+
+// beatInterval is how often a process says that it works: several times within
+// the age from which on an unfinished attempt may be an orphan.
+func (r *Runtime) beatInterval() time.Duration { return max(r.config.OrphanAge/4, minBeat) }
+
+// beatForEver records for a sweep that runs by itself ([Runtime.SweepOnce]) that
+// this process works, and with it on every attempt that it has begun.
+func (r *Runtime) beatForEver() {
+	ticker := time.NewTicker(r.beatInterval())
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			if err := r.config.Ledger.Beat(r.live, r.config.Backend, r.process); err != nil && r.live.Err() == nil {
+				r.log.WarnContext(r.live, "Recording that this process works failed", "error", err.Error())
+			}
+		case <-r.live.Done():
+			// With a limit: a ledger that hangs must not keep the process. Without
+			// the farewell it counts as working for one orphan age more.
+			ctx, cancel := context.WithTimeout(context.WithoutCancel(r.live), minBeat)
+			defer cancel()
+			if err := r.config.Ledger.Leave(ctx, r.config.Backend, r.process); err != nil {
+				r.log.InfoContext(ctx, "Recording that this process works no more failed", "error", err.Error())
+			}
+			return
+		}
+	}
 }
 
 // Close stops every goroutine of the runtime and waits for them. Instances keep

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"iter"
 	"sync"
+	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
@@ -257,4 +258,19 @@ func (l *Ledger) Instance(ctx context.Context, id ledger.RequestID) (ledger.Inst
 // Check is [ledger.Ledger.Check].
 func (l *Ledger) Check(ctx context.Context) error {
 	return none(ctx, l, read("Check", ledger.RequestID{}), func() error { return l.real.Check(ctx) })
+}
+
+// Beat is [ledger.Ledger.Beat].
+func (l *Ledger) Beat(ctx context.Context, backend, process string) error {
+	return none(ctx, l, write("Beat", ledger.RequestID{}), func() error { return l.real.Beat(ctx, backend, process) })
+}
+
+// Leave is [ledger.Ledger.Leave].
+func (l *Ledger) Leave(ctx context.Context, backend, process string) error {
+	return none(ctx, l, write("Leave", ledger.RequestID{}), func() error { return l.real.Leave(ctx, backend, process) })
+}
+
+// LastBeat is [ledger.Ledger.LastBeat].
+func (l *Ledger) LastBeat(ctx context.Context, backend string) (time.Time, error) {
+	return one(ctx, l, read("LastBeat", ledger.RequestID{}), func() (time.Time, error) { return l.real.LastBeat(ctx, backend) })
 }
