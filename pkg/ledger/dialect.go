@@ -79,19 +79,27 @@ func (d sqliteDialect) open(ctx context.Context) (write, read *sql.DB, err error
 	if err := d.createFile(); err != nil {
 		return nil, nil, err
 	}
-	if write, err = sql.Open("sqlite", d.dsn(false)); err != nil {
+	if write, err = d.pool(false); err != nil {
 		return nil, nil, err
 	}
 	write.SetMaxOpenConns(1)
 	if err := d.connect(ctx, write); err != nil {
 		return nil, nil, errors.Join(err, write.Close())
 	}
-	if read, err = sql.Open("sqlite", d.dsn(true)); err != nil {
+	if read, err = d.pool(true); err != nil {
 		return nil, nil, errors.Join(err, write.Close())
 	}
 	read.SetMaxOpenConns(sqliteReaders)
 	read.SetMaxIdleConns(sqliteReaders)
 	return write, read, nil
+}
+
+func (d sqliteDialect) pool(readOnly bool) (*sql.DB, error) {
+	c, err := sqlite.NewConnector(d.dsn(readOnly))
+	if err != nil {
+		return nil, err
+	}
+	return sql.OpenDB(connector{Connector: c, prepare: true}), nil
 }
 
 // connect makes the first connection, which switches a new file to the
