@@ -20,6 +20,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/account"
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/console"
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/filedigest"
+	"github.com/compute-bridge/compute-bridge/services/guest/internal/hostlease"
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/hostspool"
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/instance"
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/reaper"
@@ -48,6 +49,9 @@ On the host:
                                   print algorithm, hex digest and size as JSON
   guest spool -dir DIR -unit NAME [-ifname IF -table TABLE]
                                   record an ended grant's usage; for ExecStopPost
+  guest lease -file FILE -holder NAME [-wait] [-ttl 5s]
+                                  hold a lock for as long as the worker at the other end of this SSH session gives
+                                  signs of life on standard input, then end its connection
 
   guest version                   print the version
 `
@@ -79,6 +83,8 @@ func Run(ctx context.Context, args []string, std Streams) int {
 		return runDigest(args[1:], std, logger)
 	case "spool":
 		return runSpool(ctx, args[1:], std, logger)
+	case "lease":
+		return runLease(ctx, args[1:], std, logger)
 	case "version":
 		_, _ = fmt.Fprintln(std.Stdout, version())
 		return exitOK
@@ -201,6 +207,32 @@ func runSpool(ctx context.Context, args []string, std Streams, logger *slog.Logg
 		return exitFailed
 	}
 	return exitOK
+}
+
+func runLease(ctx context.Context, args []string, std Streams, logger *slog.Logger) int {
+	flags := flag.NewFlagSet("lease", flag.ContinueOnError)
+	var req hostlease.Request
+	flags.StringVar(&req.File, "file", "", "`file` to lock")
+	flags.StringVar(&req.Holder, "holder", "", "`name` of the worker, for people")
+	flags.BoolVar(&req.Wait, "wait", false, "wait for another holder to go")
+	flags.DurationVar(&req.TTL, "ttl", guestapi.DefaultLeaseTTL, "how long the worker may be silent")
+	if code, ok := parse(flags, args, std, 0); !ok {
+		return code
+	}
+	if req.File == "" || req.TTL <= 0 {
+		_, _ = fmt.Fprintln(std.Stderr, "guest lease: -file and a positive -ttl are needed")
+		return exitUsage
+	}
+	// Nobody may read any more what it says; it must not die of that before it has ended the connection.
+	defer ignoreBrokenPipes()()
+	ctx, stop := signal.NotifyContext(ctx, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	defer stop()
+	code, err := hostlease.Run(ctx, req, std.Stdin, std.Stdout, logger)
+	if err != nil {
+		logger.Error("The lease cannot be taken", "error", err)
+		return exitFailed
+	}
+	return code
 }
 
 // version tells what was built, from what, as far as the toolchain recorded it.
