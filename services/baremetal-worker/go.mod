@@ -4,7 +4,7 @@ go 1.26.0
 
 require (
 	github.com/compute-bridge/compute-bridge/pkg v0.0.0
-	github.com/compute-bridge/compute-bridge/services/guest v0.0.0-00010101000000-000000000000
+	github.com/compute-bridge/compute-bridge/services/guest v0.0.0
 	github.com/compute-bridge/compute-bridge/test v0.0.0
 	github.com/coreos/go-systemd/v22 v22.7.0
 	github.com/godbus/dbus/v5 v5.2.4

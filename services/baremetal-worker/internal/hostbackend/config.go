@@ -37,6 +37,9 @@ type Config struct {
 	// StopGrace is the time between SIGTERM and SIGKILL for a workload. The end
 	// of an instance must fit the 60 s that the contract allows.
 	StopGrace config.Duration `toml:"stop_grace"`
+	// UsageInterval is how often a watch reads usage so far: one question to
+	// the host for each instance.
+	UsageInterval config.Duration `toml:"usage_interval"`
 	// SubnetPool is where the grants' networks are taken from, /29 each.
 	SubnetPool string `toml:"subnet_pool"`
 	// FirstUID is the first host user id of the first slot; each slot has
@@ -48,10 +51,6 @@ type Config struct {
 
 	ImageStore ImageStoreConfig `toml:"image_store"`
 	Hosts      []HostConfig     `toml:"host"`
-
-	// usageInterval is how often a watch reads usage so far; 0 means
-	// defaultUsageInterval. Tests look more often.
-	usageInterval time.Duration
 }
 
 // ImageStoreConfig says where images come from.
@@ -100,6 +99,8 @@ const (
 	defaultReadyTimeout   = time.Minute
 	defaultStopGrace      = 10 * time.Second
 	maxStopGrace          = 30 * time.Second
+	defaultUsageInterval  = 30 * time.Second
+	minUsageInterval      = 100 * time.Millisecond
 	defaultSubnetPool     = "10.213.0.0/16"
 	defaultFirstUID       = 1 << 20
 	uidsPerSlot           = 1 << 16
@@ -126,6 +127,7 @@ func (c *Config) SetDefaults() {
 	c.ConnectTimeout.Duration = defaultConnectTimeout
 	c.ReadyTimeout.Duration = defaultReadyTimeout
 	c.StopGrace.Duration = defaultStopGrace
+	c.UsageInterval.Duration = defaultUsageInterval
 	c.SubnetPool = defaultSubnetPool
 	c.FirstUID = defaultFirstUID
 	c.ImageStore.MaxMiB = defaultMaxImageMiB
@@ -165,6 +167,9 @@ func (c Config) Validate() error {
 	}
 	if c.StopGrace.Duration < time.Second || c.StopGrace.Duration > maxStopGrace {
 		p.Add("backend.stop_grace", "%s is not between 1s and %s", c.StopGrace.Duration, maxStopGrace)
+	}
+	if c.UsageInterval.Duration < minUsageInterval {
+		p.Add("backend.usage_interval", "%s is less than %s", c.UsageInterval.Duration, minUsageInterval)
 	}
 	for key, value := range map[string]time.Duration{"connect_timeout": c.ConnectTimeout.Duration, "ready_timeout": c.ReadyTimeout.Duration} {
 		if value <= 0 {

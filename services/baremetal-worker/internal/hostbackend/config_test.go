@@ -52,6 +52,7 @@ func TestEveryKeyOfTheConfigurationIsChecked(t *testing.T) {
 		{"backend.guest_binary: stat /no/such/guest", func(c *Config) { c.GuestBinary = "/no/such/guest" }},
 		{"backend.stop_grace: 0s is not between", func(c *Config) { c.StopGrace.Duration = 0 }},
 		{"backend.stop_grace: 31s is not between", func(c *Config) { c.StopGrace.Duration = 31 * time.Second }},
+		{"backend.usage_interval: 0s is less than", func(c *Config) { c.UsageInterval.Duration = 0 }},
 		{"backend.connect_timeout: ", func(c *Config) { c.ConnectTimeout.Duration = 0 }},
 		{"backend.ready_timeout: ", func(c *Config) { c.ReadyTimeout.Duration = -time.Second }},
 		{"backend.subnet_pool: ", func(c *Config) { c.SubnetPool = "10.0.0.0" }},

@@ -4,23 +4,17 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/sha256"
 	"errors"
-	"fmt"
 	"log/slog"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/crypto/ssh"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
@@ -28,8 +22,8 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
-	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
 	"github.com/compute-bridge/compute-bridge/test/lab"
+	"github.com/compute-bridge/compute-bridge/test/lab/hostfixture"
 	"github.com/compute-bridge/compute-bridge/test/lab/ociimage"
 )
 
@@ -55,7 +49,7 @@ func TestConformance(t *testing.T) {
 	var hosts []*lab.Host
 	for range suiteRoom {
 		h := lab.NewHost(t, lab.HostOptions{})
-		makeFaulty(t, h)
+		hostfixture.MakeFaulty(t, h)
 		hosts = append(hosts, h)
 	}
 	guest, err := guestBinary()
@@ -82,20 +76,12 @@ func TestConformance(t *testing.T) {
 		},
 		Skip: exceptedOnHosts(),
 	})
-	for _, h := range hosts {
-		left, err := h.Leftovers(t.Context(), "image ")
-		if err != nil {
-			t.Error(err)
-		}
-		if len(left) > 0 {
-			t.Errorf("left behind on %s:\n\t%s", h.Name, strings.Join(left, "\n\t"))
-		}
-	}
+	(&hostfixture.Site{BridgeID: "test", Hosts: hosts}).CheckNothingIsLeft(t)
 }
 
 // suiteSite is a worker on hosts, as a case's fixture.
 type suiteSite struct {
-	hosts  []*lab.Host
+	hosts  *hostfixture.Site
 	config Config
 	image  backend.Image
 	ledger *ledger.Ledger
@@ -104,11 +90,6 @@ type suiteSite struct {
 
 	runtime *worker.Runtime
 	driver  worker.Driver
-
-	mu        sync.Mutex // protects what follows
-	state     [sha256.Size]byte
-	mutations int
-	faults    int
 }
 
 // lockedBuffer collects logs.
@@ -154,7 +135,8 @@ func openSuiteSite(t testing.TB, hosts []*lab.Host, dir string, image archive) *
 	t.Helper()
 	secret := make([]byte, 32)
 	_, _ = rand.Read(secret) // never fails
-	s := &suiteSite{hosts: hosts, secret: redact.New(secret)}
+	s := &suiteSite{secret: redact.New(secret)}
+	s.hosts = &hostfixture.Site{BridgeID: "test", Hosts: hosts, Patience: suitePatience, Usable: s.usable}
 	digest, err := backend.ParseDigest("sha256:" + image.sha256)
 	if err != nil {
 		t.Fatal(err)
@@ -164,7 +146,7 @@ func openSuiteSite(t testing.TB, hosts []*lab.Host, dir string, image archive) *
 	s.config.GuestBinary = config.Path(filepath.Join(dir, "guest"))
 	s.config.ImageStore.Base = filepath.Join(dir, "images")
 	s.config.StopGrace.Duration = time.Second
-	s.config.usageInterval = suiteUsageInterval
+	s.config.UsageInterval.Duration = suiteUsageInterval
 	for n, h := range hosts {
 		var key config.SecretFile
 		loadKey(t, &key, h.UserKeyFile)
@@ -249,44 +231,20 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 		Patience:      suitePatience,
 		UsageInterval: suiteUsageInterval,
 		Measures:      true,
-		Login:         logIn,
 		Logs:          s.logs.bytes,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
 			g, envelope := grant(s.image, owner)
 			g.Shape, g.Environment, g.AlmanacSequence = suiteShape, map[string]string{"NAME": "value"}, 3
 			return g, envelope
 		},
-		Leftovers: s.leftovers,
-		Runs: func(id backend.GrantID) bool {
-			units, err := s.everywhere(t.Context(), "systemctl", "list-units", "--plain", "--no-legend", unitPattern("test", &id))
-			if err != nil {
-				t.Errorf("list units: %v", err)
-			}
-			return len(units) > 0
-		},
-		Mutations: func() int { return s.countMutations(t) },
-		Exit: func(id backend.GrantID, status backendtest.ExitStatus) error {
-			line := "exit " + strconv.Itoa(int(status.Code))
-			if status.Signal != "" {
-				line = "kill -" + status.Signal + " $$"
-			}
-			return s.typeInto(t.Context(), unitPattern("test", &id), line)
-		},
-		Vanish:   func(id backend.GrantID) error { return s.vanish(t.Context(), id) },
-		FailBoot: func(console string) { s.failBoot(t, console) },
-		Kill:     func() { s.stop(t) },
-		History:  func(id backend.GrantID) backendtest.History { return s.history(t, id) },
-		Inject:   func(fault backendtest.Fault) backendtest.Injection { return s.inject(t, fault) },
-
-		Record:      func(id backend.GrantID) func() []backendtest.Call { return s.record(t, id) },
-		CreatePoint: stepDisk,
-		ReadPoint:   lookAtHosts,
+		Kill: func() { s.stop(t) },
 		Reopen: func(t testing.TB) (backend.Backend, error) {
 			t.Helper()
 			s.stop(t)
 			return s.start(t), nil
 		},
 	}
+	s.hosts.Fill(t, f)
 	for _, n := range suiteRoom {
 		f.Capacity += int(n)
 	}
@@ -298,192 +256,17 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 	return f
 }
 
-// everywhere runs a command on all hosts and returns the lines that it prints.
-func (s *suiteSite) everywhere(ctx context.Context, args ...string) ([]string, error) {
-	var lines []string
-	for _, h := range s.hosts {
-		out, err := h.Exec(ctx, args...)
-		if err != nil {
-			return nil, err
-		}
-		for line := range strings.Lines(out) {
-			lines = append(lines, h.Name+": "+strings.TrimSpace(line))
-		}
+// usable waits until the worker, if it runs, can use its hosts.
+func (s *suiteSite) usable(ctx context.Context) error {
+	b, ok := s.driver.(*Backend)
+	if !ok {
+		return nil // stopped
 	}
-	return lines, nil
-}
-
-// quickLook lists what a grant makes on a host, by one command: h.Leftovers
-// finds more and takes half a second. Containers and disks are in the grants'
-// directories.
-const quickLook = `
-cd /var/lib/compute-bridge/test/grants 2>/dev/null && find . -mindepth 1 -maxdepth 1 -printf 'directory %f\n'
-systemctl list-units --all --plain --no-legend 'cb-*' | while read -r unit rest; do echo "unit $unit"; done
-for file in /etc/containers/networks/cb-* /sys/class/net/cb* /run/compute-bridge/test/*; do [ ! -e "$file" ] || echo "$file"; done
-grep -o ' /var/lib/compute-bridge/[^ ]* ' /proc/self/mounts
-nft list table inet compute_bridge_test 2>/dev/null | grep 'elements ='
-true`
-
-var (
-	grantIDs  = regexp.MustCompile(`[0-9a-f]{64}`)
-	unitNamed = regexp.MustCompile(`cb-test-[0-9a-f]{64}-[0-9]+\.service`)
-)
-
-func (s *suiteSite) leftovers(ctx context.Context) ([]backendtest.Leftover, error) {
-	lines, err := s.everywhere(ctx, "sh", "-c", quickLook)
-	var out []backendtest.Leftover
-	for _, line := range lines {
-		l := backendtest.Leftover{Name: line}
-		if text := grantIDs.FindString(line); text != "" {
-			if l.GrantID, err = backend.ParseGrantID(text); err != nil {
-				return nil, err
-			}
-		}
-		out = append(out, l)
+	var errs []error
+	for _, h := range b.hosts {
+		errs = append(errs, h.wait(ctx))
 	}
-	return out, err
-}
-
-// countMutations counts how often the hosts were found changed.
-func (s *suiteSite) countMutations(t testing.TB) int {
-	t.Helper()
-	lines, err := s.everywhere(t.Context(), "sh", "-c", quickLook+`
-find /var/lib/compute-bridge /etc/containers -printf '%p %s %T@ %C@\n' | sort
-nft list ruleset
-podman images --all --quiet --no-trunc`)
-	if err != nil {
-		t.Errorf("look at the hosts: %v", err)
-	}
-	state := sha256.Sum256([]byte(strings.Join(lines, "\n")))
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if state != s.state {
-		s.state = state
-		s.mutations++
-	}
-	return s.mutations
-}
-
-// typeLine writes a line to the standard input of a unit's workload, which is a
-// shell. Its exit code is 3 if there is none.
-const typeLine = `
-for unit in $(systemctl list-units --plain --no-legend "$1" | cut -d ' ' -f 1); do
-	group=$(systemctl show --property=ControlGroup --value "$unit")
-	for pid in $(find "/sys/fs/cgroup$group" -name cgroup.procs -exec cat {} +); do
-		if [ "$(tr '\0' ' ' <"/proc/$pid/cmdline")" = 'sh ' ]; then
-			echo "$2" >"/proc/$pid/fd/0"
-			exit 0
-		fi
-	done
-done
-exit 3`
-
-var errNoWorkload = errors.New("no workload runs")
-
-// typeInto types a line into the workload of a unit.
-func (s *suiteSite) typeInto(ctx context.Context, units, line string) error {
-	for _, h := range s.hosts {
-		_, err := h.Exec(ctx, "sh", "-c", typeLine, "sh", units, line)
-		var exit *exec.ExitError
-		if errors.As(err, &exit) && exit.ExitCode() == 3 {
-			continue
-		}
-		return err
-	}
-	return errNoWorkload
-}
-
-// vanish takes away a grant's instance with all traces. Its unit ends in good
-// order, so that nothing stays on the host, but it can't write down its usage,
-// for a directory is in the place of that file.
-func (s *suiteSite) vanish(ctx context.Context, id backend.GrantID) error {
-	_, err := s.everywhere(ctx, "sh", "-c", `
-cd /var/lib/compute-bridge/test/grants && [ -d "$1" ] || exit 0
-mkdir "$1/$3"
-systemctl stop "$2"
-rm --recursive --force "$1"`,
-		"sh", id.String(), unitPattern("test", &id), guestapi.SpoolFileName)
-	return err
-}
-
-// failBoot has the next workload end before it is ready: its SSH is kept closed
-// meanwhile.
-func (s *suiteSite) failBoot(t testing.TB, console string) {
-	t.Helper()
-	for _, h := range s.hosts {
-		if _, err := h.Exec(t.Context(), "nft", "add table inet closed; add chain inet closed forward { type filter hook forward priority -500; }; "+
-			"add rule inet closed forward tcp dport 61022 reject with tcp reset"); err != nil {
-			t.Fatal(err)
-		}
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), suitePatience)
-	done := make(chan struct{})
-	t.Cleanup(func() {
-		cancel()
-		<-done
-	})
-	go func() {
-		defer close(done)
-		defer cancel()
-		all := unitPattern("test", nil)
-		quoted := "'" + strings.ReplaceAll(console, "\n", `\n`) + `\n'`
-		if err := poll(ctx, func() error { return s.typeInto(ctx, all, "printf "+quoted+"; exit 127") }); err != nil {
-			t.Errorf("make a workload fail: %v", err)
-		}
-		err := poll(ctx, func() error {
-			units, err := s.everywhere(ctx, "systemctl", "list-units", "--plain", "--no-legend", all)
-			if err == nil && len(units) > 0 {
-				err = fmt.Errorf("still there: %s", units)
-			}
-			return err
-		})
-		if err != nil {
-			t.Errorf("wait for the end of a failed workload: %v", err)
-		}
-		if _, err := s.everywhere(ctx, "nft", "delete table inet closed"); err != nil {
-			t.Errorf("open SSH again: %v", err)
-		}
-	}()
-}
-
-// logIn logs in as a requester does and runs a command.
-func logIn(ctx context.Context, r backend.Receipt, key redact.Secret) error {
-	hostKey, _, _, _, err := ssh.ParseAuthorizedKey([]byte(r.HostKey))
-	if err != nil {
-		return fmt.Errorf("host key: %w", err)
-	}
-	signer, err := ssh.ParsePrivateKey(key.Expose())
-	if err != nil {
-		return fmt.Errorf("login key: %w", err)
-	}
-	address := net.JoinHostPort(r.Host, strconv.Itoa(int(r.Port)))
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	c, channels, requests, err := ssh.NewClientConn(conn, address, &ssh.ClientConfig{
-		User: r.User, Auth: []ssh.AuthMethod{ssh.PublicKeys(signer)}, HostKeyCallback: ssh.FixedHostKey(hostKey),
-		HostKeyAlgorithms: []string{hostKey.Type()},
-	})
-	if err != nil {
-		return err
-	}
-	client := ssh.NewClient(c, channels, requests)
-	defer client.Close() //nolint:errcheck // all was read
-	session, err := client.NewSession()
-	if err != nil {
-		return err
-	}
-	out, err := session.Output("echo $NAME")
-	if err != nil {
-		return err
-	}
-	if got := strings.TrimSpace(string(out)); got != "value" {
-		return fmt.Errorf("the workload's environment has NAME=%q", got)
-	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // exceptedOnHosts names the cases that can't apply.

@@ -2,7 +2,6 @@ package hostbackend
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -251,9 +250,6 @@ func (h *host) watch(ctx context.Context, id backend.GrantID, usage func(backend
 	}
 }
 
-// defaultUsageInterval is how often usage so far is read.
-const defaultUsageInterval = 30 * time.Second
-
 // watchOnce watches as long as the host stays as it is.
 func (h *host) watchOnce(ctx context.Context, id backend.GrantID, usage func(backend.Usage)) (exit backend.Exit, ended bool, err error) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -277,7 +273,7 @@ func (h *host) watchOnce(ctx context.Context, id backend.GrantID, usage func(bac
 	}
 	unit := h.names(r).unit()
 	statuses := h.bus.Watch(ctx, unit)
-	ticker := time.NewTicker(cmp.Or(h.backend.config.usageInterval, defaultUsageInterval))
+	ticker := time.NewTicker(h.backend.config.UsageInterval.Duration)
 	defer ticker.Stop()
 	for {
 		select {

@@ -1,4 +1,4 @@
-package hostbackend
+package hostfixture
 
 import (
 	"context"
@@ -25,7 +25,7 @@ const (
 
 // record names the steps that can be made to fail: those of the making of a
 // grant, or, if the hosts hold it, those of its end.
-func (s *suiteSite) record(t testing.TB, id backend.GrantID) (stop func() []backendtest.Call) {
+func (s *Site) record(t testing.TB, id backend.GrantID) (stop func() []backendtest.Call) {
 	t.Helper()
 	steps := []string{stepDisk, stepRun}
 	left, err := s.leftovers(t.Context())
@@ -65,8 +65,9 @@ done
 exec "/usr/lib/unfaulted/$name" "$@"
 `
 
-// makeFaulty puts faultProgram in the place of the programs of the steps.
-func makeFaulty(t testing.TB, h *lab.Host) {
+// MakeFaulty puts faultProgram in the place of the programs of the
+// steps at which Inject works.
+func MakeFaulty(t testing.TB, h *lab.Host) {
 	t.Helper()
 	_, err := h.Exec(t.Context(), "sh", "-ec", `
 mkdir -p /usr/lib/unfaulted /run/faults
@@ -95,7 +96,7 @@ func (i *injection) Release() { i.release() }
 
 // inject has the hosts fail. A call that fails for the worker is one during
 // which its connections are lost: before the step has its effect, or after.
-func (s *suiteSite) inject(t testing.TB, f backendtest.Fault) backendtest.Injection {
+func (s *Site) inject(t testing.TB, f backendtest.Fault) backendtest.Injection {
 	t.Helper()
 	if f.Point == lookAtHosts {
 		return s.cutOff(t, f.Kind)
@@ -115,11 +116,11 @@ func (s *suiteSite) inject(t testing.TB, f backendtest.Fault) backendtest.Inject
 	if _, err := s.everywhere(t.Context(), "sh", "-ec", `mkdir "$1"; touch "$1/hold"; echo "$2" >"$1/new"; mv "$1/new" "$1/told"`, "sh", dir, told); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*suitePatience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*s.Patience)
 	i := &injection{reached: make(chan struct{})}
 	var watches sync.WaitGroup
 	var once sync.Once
-	for _, h := range s.hosts {
+	for _, h := range s.Hosts {
 		watches.Go(func() {
 			for ctx.Err() == nil {
 				if _, err := h.Exec(ctx, "sh", "-c", `until [ -e "$1/reached" ]; do sleep 0.01; done; rm "$1/reached"`, "sh", dir); err != nil {
@@ -155,25 +156,19 @@ func (s *suiteSite) inject(t testing.TB, f backendtest.Fault) backendtest.Inject
 }
 
 // waitForHosts waits until a running worker can use its hosts again.
-func (s *suiteSite) waitForHosts(t testing.TB) {
+func (s *Site) waitForHosts(t testing.TB) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), suitePatience)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), s.Patience)
 	defer cancel()
-	b, ok := s.driver.(*Backend)
-	if !ok {
-		return // stopped
-	}
-	for _, h := range b.hosts {
-		if err := h.wait(ctx); err != nil {
-			t.Errorf("wait for a host: %v", err)
-		}
+	if err := s.Usable(ctx); err != nil {
+		t.Errorf("wait for the hosts: %v", err)
 	}
 }
 
 // cutOff takes the hosts off the network, with or without a word to the worker.
-func (s *suiteSite) cutOff(t testing.TB, kind backendtest.FaultKind) backendtest.Injection {
+func (s *Site) cutOff(t testing.TB, kind backendtest.FaultKind) backendtest.Injection {
 	t.Helper()
-	for _, h := range s.hosts {
+	for _, h := range s.Hosts {
 		if kind != backendtest.FaultSlow {
 			if err := h.ResetConnections(t.Context()); err != nil {
 				t.Fatal(err)
@@ -186,9 +181,9 @@ func (s *suiteSite) cutOff(t testing.TB, kind backendtest.FaultKind) backendtest
 	i := &injection{reached: make(chan struct{})}
 	close(i.reached)
 	i.release = sync.OnceFunc(func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), suitePatience)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), s.Patience)
 		defer cancel()
-		for _, h := range s.hosts {
+		for _, h := range s.Hosts {
 			if err := h.Restore(ctx); err != nil {
 				t.Errorf("end a fault: %v", err)
 			}
@@ -197,32 +192,4 @@ func (s *suiteSite) cutOff(t testing.TB, kind backendtest.FaultKind) backendtest
 	})
 	t.Cleanup(i.release)
 	return i
-}
-
-// history reads from the hosts' journals which units were ever started for a
-// grant, and when they had gone.
-func (s *suiteSite) history(t testing.TB, id backend.GrantID) backendtest.History {
-	t.Helper()
-	lines, err := s.everywhere(context.WithoutCancel(t.Context()), "sh", "-c",
-		`journalctl --sync; journalctl --output=short-unix --quiet --identifier=systemd --grep="$1" || true`, "sh", id.String())
-	if err != nil {
-		t.Errorf("read the journals: %v", err)
-	}
-	// Each line is a host, the time there, which is the same machine's, and text.
-	at := func(line string) string { return strings.Fields(line)[1] }
-	slices.SortStableFunc(lines, func(a, b string) int { return strings.Compare(at(a), at(b)) })
-	var out backendtest.History
-	running := map[string]bool{}
-	for _, line := range lines {
-		unit := strings.Fields(line)[0] + unitNamed.FindString(line)
-		switch {
-		case strings.Contains(line, "]: Starting cb-"):
-			out.Created++
-			running[unit] = true
-		case strings.Contains(line, ".service: Deactivated successfully"), strings.Contains(line, ".service: Failed with result"):
-			delete(running, unit)
-		}
-		out.AtOnce = max(out.AtOnce, len(running))
-	}
-	return out
 }
