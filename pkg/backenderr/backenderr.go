@@ -80,6 +80,7 @@ const (
 	DeadlineExceeded        Reason = "DEADLINE_EXCEEDED"
 	Internal                Reason = "INTERNAL"
 	Unimplemented           Reason = "UNIMPLEMENTED"
+	OtherReplica            Reason = "OTHER_REPLICA"
 )
 
 // reasonCodes gives the one gRPC code of each reason.
@@ -116,6 +117,7 @@ var reasonCodes = map[Reason]codes.Code{
 	DeadlineExceeded:        codes.DeadlineExceeded,
 	Internal:                codes.Internal,
 	Unimplemented:           codes.Unimplemented,
+	OtherReplica:            codes.Unavailable,
 }
 
 // Code returns the gRPC code of a reason, codes.Unknown for one that isn't in
@@ -386,7 +388,7 @@ func Is(err error, reasons ...Reason) bool {
 // without an operator's or the requester's doing.
 func Retryable(err error) bool {
 	return Is(err, CapacityExhausted, QuotaExceeded, WorkerFull, ProviderUnavailable, LedgerUnavailable,
-		BackendUnreachable, OperationInProgress, BootTimeout, Cancelled, DeadlineExceeded, Unknown, ImageUnavailable, ImageHashMismatch)
+		BackendUnreachable, OtherReplica, OperationInProgress, BootTimeout, Cancelled, DeadlineExceeded, Unknown, ImageUnavailable, ImageHashMismatch)
 }
 
 // Clone returns a copy that may be changed without changing e.

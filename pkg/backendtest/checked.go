@@ -30,16 +30,16 @@ var (
 		backenderr.GrantNotSatisfiable, backenderr.CapacityExhausted, backenderr.QuotaExceeded, backenderr.WorkerFull,
 		backenderr.ProviderDenied, backenderr.ProviderUnauthenticated, backenderr.ClockSkew, backenderr.HostUnfit,
 		backenderr.ProviderUnavailable, backenderr.LedgerUnavailable, backenderr.BackendUnreachable,
-		backenderr.ImageUnavailable, backenderr.ImageHashMismatch, backenderr.ImageInvalid, backenderr.AttestationFailed,
+		backenderr.OtherReplica, backenderr.ImageUnavailable, backenderr.ImageHashMismatch, backenderr.ImageInvalid, backenderr.AttestationFailed,
 		backenderr.BootTimeout, backenderr.WorkloadFailed, backenderr.OperationInProgress,
 	}
 	watchReasons = []backenderr.Reason{
 		backenderr.InstanceNotFound, backenderr.RequestInvalid, backenderr.LedgerUnavailable, backenderr.ProviderUnavailable,
-		backenderr.BackendUnreachable,
+		backenderr.BackendUnreachable, backenderr.OtherReplica,
 	}
 	terminateReasons = []backenderr.Reason{
 		backenderr.RequestInvalid, backenderr.LedgerUnavailable, backenderr.ProviderUnavailable, backenderr.ProviderDenied,
-		backenderr.BackendUnreachable,
+		backenderr.BackendUnreachable, backenderr.OtherReplica,
 	}
 )
 

@@ -84,6 +84,7 @@ var errorTable = []row{
 	{backenderr.ProviderUnavailable, 3, 3, true, true, fleet.Serving, doubted},
 	{backenderr.LedgerUnavailable, 3, 3, true, true, fleet.Serving, doubted},
 	{backenderr.BackendUnreachable, 3, 3, true, true, fleet.Serving, doubted},
+	{backenderr.OtherReplica, 3, 3, true, true, fleet.Serving, doubted},
 	{backenderr.Unknown, 3, 3, true, true, fleet.Serving, doubted},
 	{backenderr.Cancelled, 3, 3, true, true, fleet.Serving, doubted},
 	{backenderr.DeadlineExceeded, 3, 3, true, true, fleet.Serving, doubted},

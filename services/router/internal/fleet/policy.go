@@ -76,6 +76,7 @@ var rules = map[backenderr.Reason]rule{
 	backenderr.ProviderUnavailable: {again, nothing},
 	backenderr.LedgerUnavailable:   {again, nothing},
 	backenderr.BackendUnreachable:  {again, nothing},
+	backenderr.OtherReplica:        {again, nothing}, // After package workers has asked for a while.
 	backenderr.Unknown:             {again, nothing},
 	// Of the backend, while the caller's own call lives: a proxy's time limit,
 	// or a worker that stops.

@@ -132,8 +132,9 @@ type BackendServiceClient interface {
 	// GRANT_NOT_SATISFIABLE, CAPACITY_EXHAUSTED, QUOTA_EXCEEDED, WORKER_FULL,
 	// PROVIDER_DENIED, PROVIDER_UNAUTHENTICATED, CLOCK_SKEW, HOST_UNFIT,
 	// PROVIDER_UNAVAILABLE, LEDGER_UNAVAILABLE, BACKEND_UNREACHABLE,
-	// IMAGE_UNAVAILABLE, IMAGE_HASH_MISMATCH, IMAGE_INVALID, ATTESTATION_FAILED,
-	// BOOT_TIMEOUT, WORKLOAD_FAILED, OPERATION_IN_PROGRESS, CANCELLED.
+	// OTHER_REPLICA, IMAGE_UNAVAILABLE, IMAGE_HASH_MISMATCH, IMAGE_INVALID,
+	// ATTESTATION_FAILED, BOOT_TIMEOUT, WORKLOAD_FAILED, OPERATION_IN_PROGRESS,
+	// CANCELLED.
 	Provision(ctx context.Context, in *ProvisionRequest, opts ...grpc.CallOption) (*ProvisionResponse, error)
 	// WatchUntilExit streams the grant's events and ends after the one that
 	// carries the final compute log.
@@ -145,7 +146,7 @@ type BackendServiceClient interface {
 	// that ends without a compute log has failed; attach again.
 	//
 	// Reasons: INSTANCE_NOT_FOUND, REQUEST_INVALID, LEDGER_UNAVAILABLE,
-	// PROVIDER_UNAVAILABLE, BACKEND_UNREACHABLE.
+	// PROVIDER_UNAVAILABLE, BACKEND_UNREACHABLE, OTHER_REPLICA.
 	WatchUntilExit(ctx context.Context, in *WatchUntilExitRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchUntilExitResponse], error)
 	// Terminate ends the grant for good: it is closed first, so that it can never
 	// run again, then everything made for it is deleted.
@@ -158,7 +159,7 @@ type BackendServiceClient interface {
 	// the provider could be read.
 	//
 	// Reasons: REQUEST_INVALID, LEDGER_UNAVAILABLE, PROVIDER_UNAVAILABLE,
-	// PROVIDER_DENIED, BACKEND_UNREACHABLE.
+	// PROVIDER_DENIED, BACKEND_UNREACHABLE, OTHER_REPLICA.
 	Terminate(ctx context.Context, in *TerminateRequest, opts ...grpc.CallOption) (*TerminateResponse, error)
 }
 
@@ -275,8 +276,9 @@ type BackendServiceServer interface {
 	// GRANT_NOT_SATISFIABLE, CAPACITY_EXHAUSTED, QUOTA_EXCEEDED, WORKER_FULL,
 	// PROVIDER_DENIED, PROVIDER_UNAUTHENTICATED, CLOCK_SKEW, HOST_UNFIT,
 	// PROVIDER_UNAVAILABLE, LEDGER_UNAVAILABLE, BACKEND_UNREACHABLE,
-	// IMAGE_UNAVAILABLE, IMAGE_HASH_MISMATCH, IMAGE_INVALID, ATTESTATION_FAILED,
-	// BOOT_TIMEOUT, WORKLOAD_FAILED, OPERATION_IN_PROGRESS, CANCELLED.
+	// OTHER_REPLICA, IMAGE_UNAVAILABLE, IMAGE_HASH_MISMATCH, IMAGE_INVALID,
+	// ATTESTATION_FAILED, BOOT_TIMEOUT, WORKLOAD_FAILED, OPERATION_IN_PROGRESS,
+	// CANCELLED.
 	Provision(context.Context, *ProvisionRequest) (*ProvisionResponse, error)
 	// WatchUntilExit streams the grant's events and ends after the one that
 	// carries the final compute log.
@@ -288,7 +290,7 @@ type BackendServiceServer interface {
 	// that ends without a compute log has failed; attach again.
 	//
 	// Reasons: INSTANCE_NOT_FOUND, REQUEST_INVALID, LEDGER_UNAVAILABLE,
-	// PROVIDER_UNAVAILABLE, BACKEND_UNREACHABLE.
+	// PROVIDER_UNAVAILABLE, BACKEND_UNREACHABLE, OTHER_REPLICA.
 	WatchUntilExit(*WatchUntilExitRequest, grpc.ServerStreamingServer[WatchUntilExitResponse]) error
 	// Terminate ends the grant for good: it is closed first, so that it can never
 	// run again, then everything made for it is deleted.
@@ -301,7 +303,7 @@ type BackendServiceServer interface {
 	// the provider could be read.
 	//
 	// Reasons: REQUEST_INVALID, LEDGER_UNAVAILABLE, PROVIDER_UNAVAILABLE,
-	// PROVIDER_DENIED, BACKEND_UNREACHABLE.
+	// PROVIDER_DENIED, BACKEND_UNREACHABLE, OTHER_REPLICA.
 	Terminate(context.Context, *TerminateRequest) (*TerminateResponse, error)
 	mustEmbedUnimplementedBackendServiceServer()
 }

@@ -126,6 +126,10 @@ const (
 	ErrorReason_ERROR_REASON_INTERNAL ErrorReason = 31
 	// The RPC is not served by this process. Code UNIMPLEMENTED.
 	ErrorReason_ERROR_REASON_UNIMPLEMENTED ErrorReason = 32
+	// Another replica of the same worker holds the host that must act, and this
+	// one may not. Asked again, soon, at the same target, the call reaches the
+	// other one. Code UNAVAILABLE, with RetryInfo.
+	ErrorReason_ERROR_REASON_OTHER_REPLICA ErrorReason = 33
 )
 
 // Enum value maps for ErrorReason.
@@ -164,6 +168,7 @@ var (
 		30: "ERROR_REASON_DEADLINE_EXCEEDED",
 		31: "ERROR_REASON_INTERNAL",
 		32: "ERROR_REASON_UNIMPLEMENTED",
+		33: "ERROR_REASON_OTHER_REPLICA",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":              0,
@@ -199,6 +204,7 @@ var (
 		"ERROR_REASON_DEADLINE_EXCEEDED":        30,
 		"ERROR_REASON_INTERNAL":                 31,
 		"ERROR_REASON_UNIMPLEMENTED":            32,
+		"ERROR_REASON_OTHER_REPLICA":            33,
 	}
 )
 
@@ -233,7 +239,7 @@ var File_computebridge_v1_error_reason_proto protoreflect.FileDescriptor
 
 const file_computebridge_v1_error_reason_proto_rawDesc = "" +
 	"\n" +
-	"#computebridge/v1/error_reason.proto\x12\x10computebridge.v1*\xf2\b\n" +
+	"#computebridge/v1/error_reason.proto\x12\x10computebridge.v1*\x92\t\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x18\n" +
 	"\x14ERROR_REASON_UNKNOWN\x10\x01\x12\x1e\n" +
@@ -268,7 +274,8 @@ const file_computebridge_v1_error_reason_proto_rawDesc = "" +
 	"\x16ERROR_REASON_CANCELLED\x10\x1d\x12\"\n" +
 	"\x1eERROR_REASON_DEADLINE_EXCEEDED\x10\x1e\x12\x19\n" +
 	"\x15ERROR_REASON_INTERNAL\x10\x1f\x12\x1e\n" +
-	"\x1aERROR_REASON_UNIMPLEMENTED\x10 BXZVgithub.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1;computebridgev1b\x06proto3"
+	"\x1aERROR_REASON_UNIMPLEMENTED\x10 \x12\x1e\n" +
+	"\x1aERROR_REASON_OTHER_REPLICA\x10!BXZVgithub.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1;computebridgev1b\x06proto3"
 
 var (
 	file_computebridge_v1_error_reason_proto_rawDescOnce sync.Once

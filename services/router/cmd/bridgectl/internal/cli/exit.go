@@ -58,7 +58,7 @@ func exitOf(reason backenderr.Reason) int {
 		return ExitInvalid
 	case backenderr.CapacityExhausted, backenderr.QuotaExceeded, backenderr.WorkerFull:
 		return ExitFull
-	case backenderr.ProviderUnavailable, backenderr.LedgerUnavailable, backenderr.BackendUnreachable,
+	case backenderr.ProviderUnavailable, backenderr.LedgerUnavailable, backenderr.BackendUnreachable, backenderr.OtherReplica,
 		backenderr.OperationInProgress, backenderr.DeadlineExceeded:
 		return ExitUnavailable
 	case backenderr.CallerUnauthenticated, backenderr.CallerDenied, backenderr.ProviderDenied, backenderr.ProviderUnauthenticated:
