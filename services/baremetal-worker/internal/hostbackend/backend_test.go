@@ -11,6 +11,7 @@ import (
 )
 
 func TestGrantRunsAndLeavesNothing(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)

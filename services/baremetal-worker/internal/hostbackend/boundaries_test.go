@@ -29,6 +29,7 @@ import (
 
 // What a tenant, or somebody at the host, does to one grant stays with it.
 func TestHarmStaysWithItsGrant(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	for _, tt := range []struct {

@@ -40,6 +40,7 @@ func validConfig(t testing.TB) Config {
 }
 
 func TestEveryKeyOfTheConfigurationIsChecked(t *testing.T) {
+	t.Parallel()
 	if err := validConfig(t).Validate(); err != nil {
 		t.Fatal(err)
 	}
@@ -103,6 +104,7 @@ func TestEveryKeyOfTheConfigurationIsChecked(t *testing.T) {
 }
 
 func TestSlotsShareNeitherAddressesNorUsers(t *testing.T) {
+	t.Parallel()
 	c := validConfig(t)
 	pool := netip.MustParsePrefix(c.SubnetPool)
 	slots := c.slots(pool)

@@ -17,6 +17,7 @@ import (
 )
 
 func TestGrantIsProvisionedOnce(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -63,6 +64,7 @@ func containers(t *testing.T, h *lab.Host) int {
 }
 
 func TestParallelGrantsNeverExceedTheHost(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	const room = 3
 	s := newSite(t, func(c *Config) { c.Hosts[0].CPUMillicores = room * 500 }, h)
@@ -104,7 +106,9 @@ func TestParallelGrantsNeverExceedTheHost(t *testing.T) {
 }
 
 func TestGrantsThatDoNotFitAreRefused(t *testing.T) {
-	s := newSite(t, func(c *Config) { c.Hosts[0].Ports, c.Hosts[0].MaxInstances = "40000-40002", 2 }, lab.NewHost(t, lab.HostOptions{}))
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	s := newSite(t, func(c *Config) { c.Hosts[0].Ports, c.Hosts[0].MaxInstances = "40000-40002", 2 }, h)
 	key := newLogin(t)
 	image := s.image(ociimage.Shell)
 	first, e := grant(image, key)
@@ -118,13 +122,13 @@ func TestGrantsThatDoNotFitAreRefused(t *testing.T) {
 		want   backenderr.Reason
 		text   string
 	}{
-		{"no ports now", func(g *backend.Grant, _ *backend.Envelope) { g.Ports = first.Ports }, backenderr.CapacityExhausted, "host1"},
+		{"no ports now", func(g *backend.Grant, _ *backend.Envelope) { g.Ports = first.Ports }, backenderr.CapacityExhausted, h.Name},
 		{"no ports ever", func(g *backend.Grant, _ *backend.Envelope) {
 			for n := range uint16(3) {
 				g.Ports = append(g.Ports, backend.Port{Number: n + 1, Protocol: backend.UDP})
 			}
 		}, backenderr.GrantNotSatisfiable, "3 ports"},
-		{"no room now", func(g *backend.Grant, _ *backend.Envelope) { g.Shape.CPU = 4000 }, backenderr.CapacityExhausted, "host1"},
+		{"no room now", func(g *backend.Grant, _ *backend.Envelope) { g.Shape.CPU = 4000 }, backenderr.CapacityExhausted, h.Name},
 		{"no room ever", func(g *backend.Grant, _ *backend.Envelope) { g.Shape.RAM = 1 << 20 }, backenderr.GrantNotSatisfiable, "no single host"},
 		{"no such region", func(g *backend.Grant, _ *backend.Envelope) { g.Region = "mars" }, backenderr.GrantNotSatisfiable, `no host in region "mars"; there are lab`},
 		{"no such region, hinted", func(_ *backend.Grant, e *backend.Envelope) { e.RegionHint = "mars" }, backenderr.GrantNotSatisfiable, "mars"},
@@ -143,6 +147,7 @@ func TestGrantsThatDoNotFitAreRefused(t *testing.T) {
 
 // Nothing that a grant says becomes anything but itself.
 func TestStringsStayStrings(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -230,6 +235,7 @@ func stage(t *testing.T, s *site, id backend.GrantID, text string, then func()) 
 }
 
 func TestCancelledGrantIsUndoneAndCanBeRetried(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -261,6 +267,7 @@ func TestCancelledGrantIsUndoneAndCanBeRetried(t *testing.T) {
 }
 
 func TestTerminateDuringProvision(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil, lab.NewHost(t, lab.HostOptions{}))
 	key := newLogin(t)
 	image := s.image(ociimage.Shell)
@@ -289,6 +296,7 @@ func TestTerminateDuringProvision(t *testing.T) {
 }
 
 func TestUnknownGrantIsTerminatedOnlyIfAllHostsWereSeen(t *testing.T) {
+	t.Parallel()
 	one, two := lab.NewHost(t, lab.HostOptions{}), lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, one, two)
 	var id backend.GrantID

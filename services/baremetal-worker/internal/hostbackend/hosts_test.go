@@ -27,6 +27,7 @@ func runsAGrant(t *testing.T, s *site) {
 }
 
 func TestBootNamesWhatIsWrongWithAHost(t *testing.T) {
+	t.Parallel()
 	good := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, good)
 	s.stop()
@@ -73,6 +74,7 @@ func TestBootNamesWhatIsWrongWithAHost(t *testing.T) {
 }
 
 func TestUnreachableHostAtBoot(t *testing.T) {
+	t.Parallel()
 	good, gone := lab.NewHost(t, lab.HostOptions{}), lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, func(c *Config) { c.ConnectTimeout.Duration = 20 * time.Second }, good, gone)
 	s.stop()
@@ -107,6 +109,7 @@ func TestUnreachableHostAtBoot(t *testing.T) {
 }
 
 func TestHostsWithStrictSSHServers(t *testing.T) {
+	t.Parallel()
 	for _, line := range []string{"AllowStreamLocalForwarding no", "AllowTcpForwarding no", "MaxSessions 4"} {
 		t.Run(line, func(t *testing.T) {
 			runsAGrant(t, newSite(t, nil, lab.NewHost(t, lab.HostOptions{SSHDConfig: []string{line}})))
@@ -115,6 +118,7 @@ func TestHostsWithStrictSSHServers(t *testing.T) {
 }
 
 func TestSweepTakesOnlyItsOwn(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)

@@ -28,6 +28,7 @@ func sumOf(data []byte) string {
 }
 
 func TestImagesThatCanNotRunAreRefused(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -58,6 +59,7 @@ func TestImagesThatCanNotRunAreRefused(t *testing.T) {
 }
 
 func TestImageTamperedOnTheHostHeals(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -72,7 +74,7 @@ func TestImageTamperedOnTheHostHeals(t *testing.T) {
 	}
 	g, e = grant(image, key)
 	_, err := s.runtime.Provision(caller(t.Context()), g, e)
-	refused(t, err, backenderr.ImageHashMismatch, "host1")
+	refused(t, err, backenderr.ImageHashMismatch, h.Name)
 	// What runs from it goes on, with all of its files.
 	if out, err := run(t, runs, key, "cat /etc/passwd"); err != nil || !strings.Contains(out, "app:") {
 		t.Errorf("%v: %s", err, out)
@@ -81,6 +83,7 @@ func TestImageTamperedOnTheHostHeals(t *testing.T) {
 }
 
 func TestWorkloadThatExits(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -135,6 +138,7 @@ func ended(t *testing.T, s *site, p backend.Provisioned, reason backend.EndReaso
 }
 
 func TestImageWithoutShell(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil, lab.NewHost(t, lab.HostOptions{}))
 	key := newLogin(t)
 	g, e := grant(s.image(ociimage.Distroless), key)
@@ -150,6 +154,7 @@ func TestImageWithoutShell(t *testing.T) {
 }
 
 func TestStubbornWorkloadEndsAfterTheGrace(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil, lab.NewHost(t, lab.HostOptions{}))
 	key := newLogin(t)
 	g, e := grant(s.image(ociimage.Stubborn), key)
@@ -165,6 +170,7 @@ func TestStubbornWorkloadEndsAfterTheGrace(t *testing.T) {
 }
 
 func TestImageByBLAKE3AndPointer(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil, lab.NewHost(t, lab.HostOptions{}))
 	key := newLogin(t)
 	a := makeArchive(t, ociimage.Shell)
@@ -184,6 +190,7 @@ func TestImageByBLAKE3AndPointer(t *testing.T) {
 // A store that takes its time, and an image of 300 MB: progress is told, and the
 // time that it took is not added to the deadline.
 func TestLargeImageFromASlowStore(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{DiskMiB: 4096})
 	root, err := lab.RootFS(t.Context(), t.Output())
 	if err != nil {

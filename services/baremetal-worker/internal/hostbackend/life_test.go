@@ -17,6 +17,7 @@ import (
 )
 
 func TestLimitsAreSetAndDiskIsEnforced(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{DiskMiB: 6144})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -45,6 +46,7 @@ func TestLimitsAreSetAndDiskIsEnforced(t *testing.T) {
 }
 
 func TestHostWithoutDiskSpaceIsUnfit(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -54,7 +56,7 @@ func TestHostWithoutDiskSpaceIsUnfit(t *testing.T) {
 	}
 	g, e := grant(image, key)
 	_, err := s.runtime.Provision(caller(t.Context()), g, e)
-	refused(t, err, backenderr.HostUnfit, "host1")
+	refused(t, err, backenderr.HostUnfit, h.Name)
 	t.Log(err)
 	if err := h.FreeDisk(t.Context()); err != nil {
 		t.Fatal(err)
@@ -63,6 +65,7 @@ func TestHostWithoutDiskSpaceIsUnfit(t *testing.T) {
 }
 
 func TestDeadlineEndsAnInstance(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -122,6 +125,7 @@ func checkUsage(t *testing.T, log backend.ComputeLog) {
 }
 
 func TestRestartedWorkerAdoptsWhatRuns(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -158,6 +162,7 @@ func TestRestartedWorkerAdoptsWhatRuns(t *testing.T) {
 // A process that dies in Provision leaves an attempt; whatever of it is on the
 // host, there is never a second container.
 func TestAttemptOfADeadWorkerIsTakenUp(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -217,18 +222,20 @@ func forgetImages(t *testing.T, s *site) {
 
 // An intent of which nothing was ever sent holds its place until it is undone.
 func TestIntentAloneIsUndone(t *testing.T) {
-	s := newSite(t, nil, lab.NewHost(t, lab.HostOptions{}))
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	s := newSite(t, nil, h)
 	key := newLogin(t)
 	g, e := grant(s.image(ociimage.Shell), key)
 	missing := g
 	missing.Image.Digest.Sum[0]++ // claims the grant, and goes no further
 	_, err := s.runtime.Provision(caller(t.Context()), missing, e)
 	refused(t, err, backenderr.ImageUnavailable)
-	body, err := json.Marshal(params{Host: "host1", Region: "lab", Image: g.Image.Digest.String(), Shape: g.Shape, SSHPort: 40000})
+	body, err := json.Marshal(params{Host: h.Name, Region: "lab", Image: g.Image.Digest.String(), Shape: g.Shape, SSHPort: 40000})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.driver.env.Journal.Begin(t.Context(), g.ID, "host1", body); err != nil {
+	if _, err := s.driver.env.Journal.Begin(t.Context(), g.ID, h.Name, body); err != nil {
 		t.Fatal(err)
 	}
 	s.stop()
@@ -244,6 +251,7 @@ func TestIntentAloneIsUndone(t *testing.T) {
 }
 
 func TestRebootEndsGrantsAndIsReconciled(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -269,6 +277,7 @@ func TestRebootEndsGrantsAndIsReconciled(t *testing.T) {
 }
 
 func TestLostConnectionIsNoEnd(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -314,6 +323,7 @@ func TestLostConnectionIsNoEnd(t *testing.T) {
 }
 
 func TestConnectionResetDuringProvision(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)

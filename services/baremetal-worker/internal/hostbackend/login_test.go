@@ -77,6 +77,7 @@ func (c openssh) run(t testing.TB, program string, args ...string) (string, int)
 }
 
 func TestRequesterLogsInWithStockOpenSSH(t *testing.T) {
+	t.Parallel()
 	s := newSite(t, nil, lab.NewHost(t, lab.HostOptions{}))
 	key := newLogin(t)
 	g, e := grant(s.image(ociimage.Configured), key)

@@ -6,6 +6,7 @@ import (
 )
 
 func TestNetavarksRulesOfOneGrantAreFound(t *testing.T) {
+	t.Parallel()
 	w := someWorkload(t) // 10.213.0.56/29
 	table := `{"nftables":[{"metainfo":{}},{"table":{"name":"netavark"}},
 		{"chain":{"name":"FORWARD"}},{"chain":{"name":"nv_0d3543bf_10_213_0_56_nm29"}},{"chain":{"name":"nv_0d3543bf_10_213_0_56_nm29_dnat"}},

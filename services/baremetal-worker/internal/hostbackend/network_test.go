@@ -96,6 +96,7 @@ func listenHere(t *testing.T, addr string) uint16 {
 }
 
 func TestPublishedPortsAreReachableAndNoOthers(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -144,6 +145,7 @@ func TestPublishedPortsAreReachableAndNoOthers(t *testing.T) {
 }
 
 func TestGrantsReachNeitherEachOtherNorTheHost(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)
 	key := newLogin(t)
@@ -200,6 +202,7 @@ func TestGrantsReachNeitherEachOtherNorTheHost(t *testing.T) {
 }
 
 func TestAllowlistIsKept(t *testing.T) {
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	other := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)

@@ -49,6 +49,7 @@ func someWorkload(t *testing.T) workload {
 }
 
 func TestUnitIsRenderedAsEver(t *testing.T) {
+	t.Parallel()
 	for name, change := range map[string]func(*workload){
 		"unit.json":           func(*workload) {},
 		"unit_firewalld.json": func(w *workload) { w.firewalld, w.zone = true, "public" },
@@ -89,6 +90,7 @@ func golden(t *testing.T, name string, got []byte) {
 // A phase of the stop that hangs is killed after TimeoutStop; all together must
 // be over within the minute that the contract allows.
 func TestStopFitsTheGraceOfTheContract(t *testing.T) {
+	t.Parallel()
 	w := someWorkload(t)
 	w.stopGrace = maxStopGrace
 	unit, err := w.unit()
@@ -104,6 +106,7 @@ func TestStopFitsTheGraceOfTheContract(t *testing.T) {
 }
 
 func TestRecordsComeBackAsWritten(t *testing.T) {
+	t.Parallel()
 	w := someWorkload(t)
 	want := record{
 		GrantID: w.names.grant, params: w.params, Attempt: 2, BootID: "b", ValidTo: time.Date(2030, 1, 2, 3, 4, 5, 6000, time.UTC), CreatedAt: time.Unix(1, 0).UTC(),
@@ -131,6 +134,7 @@ func TestRecordsComeBackAsWritten(t *testing.T) {
 }
 
 func TestUnitNamesAreReadBack(t *testing.T) {
+	t.Parallel()
 	w := someWorkload(t)
 	if got, ok := parseUnit(w.names.unit()); !ok || got != w.names {
 		t.Errorf("%s was read as %+v, %t", w.names.unit(), got, ok)
@@ -184,6 +188,7 @@ func FuzzParseUnit(f *testing.F) {
 }
 
 func TestSystemdsWordsForAnEnd(t *testing.T) {
+	t.Parallel()
 	code := func(n int32) *int32 { return &n }
 	for _, tt := range []struct {
 		result, code, status string
@@ -209,6 +214,7 @@ func TestSystemdsWordsForAnEnd(t *testing.T) {
 }
 
 func TestUsageIsTakenFromTheSpool(t *testing.T) {
+	t.Parallel()
 	number := func(n uint64) *uint64 { return &n }
 	word := func(s string) *string { return &s }
 	start, stop := time.Unix(1000, 0), time.Unix(1010, 0)
@@ -248,6 +254,7 @@ func TestUsageIsTakenFromTheSpool(t *testing.T) {
 }
 
 func TestConsoleIsShownWithoutStamps(t *testing.T) {
+	t.Parallel()
 	for log, want := range map[string]string{
 		"":      "",
 		"plain": "plain",
