@@ -442,6 +442,12 @@ func TestLeftoversSeeEverythingThatAGrantMakes(t *testing.T) {
 		nft 'add table inet cb_x; add set inet cb_x ifs { type ifname; counter; }; add element inet cb_x ifs { "cb0123456789" }'
 		mkdir -p /var/lib/compute-bridge/x/grants/1 /var/lib/compute-bridge/x/cache
 		touch /var/lib/compute-bridge/x/cache/.tmp-1 /var/lib/compute-bridge/x/cache/sha256-1
+		truncate -s 1M /var/lib/compute-bridge/x/grants/1.img
+		losetup --find /var/lib/compute-bridge/x/grants/1.img
+		id=$(printf '%064d' 1)
+		mkdir -p /run/compute-bridge/x/$id
+		mount -t tmpfs cb /run/compute-bridge/x/$id
+		systemd-run -q --unit other.service setpriv --reuid=1048576 --clear-groups sleep 600
 		systemd-run -q --unit cb-x-1.service -p Type=notify -p NotifyAccess=all -p Delegate=yes podman run --rm --name cb-x-1 \
 			--network cb-x-1 -p 20000:80 --pids-limit=0 --cgroups=split --sdnotify=conmon localhost/distroless:latest`)
 	left, err := h.Leftovers(t.Context())
@@ -450,15 +456,24 @@ func TestLeftoversSeeEverythingThatAGrantMakes(t *testing.T) {
 		"unit cb-x-1.service", "interface cb0123456789", "container cb-x-1", "network cb-x-1", "image localhost/distroless",
 		"nft element inet cb_x ifs", "nft rule netavark", "file /var/lib/compute-bridge/x/grants/1",
 		"file /var/lib/compute-bridge/x/cache/.tmp-1", "process ",
+		"podman locks: 2047 of 2048", "loop device /dev/loop", "mount /run/compute-bridge/x/", "file /run/compute-bridge/x/0000",
+		"file /run/netns/netns-", "file /run/crun/", "file /run/libpod/persist/", "file /sys/fs/cgroup/",
 	} {
 		if !slices.ContainsFunc(left, func(line string) bool { return strings.HasPrefix(line, want) }) {
 			t.Errorf("not seen: %s", want)
 		}
 	}
+	ofUser := func(line string) bool { return strings.HasPrefix(line, "process ") && strings.HasSuffix(line, ": sleep 600") }
+	if !slices.ContainsFunc(left, ofUser) {
+		t.Error("not seen: a process of a grant's user")
+	}
 	if t.Failed() {
 		t.Logf("seen:\n%s", strings.Join(left, "\n"))
 	}
 	onHost(t, h, "sh", "-ec", `
+		systemctl stop other.service
+		umount /run/compute-bridge/x/*; rmdir /run/compute-bridge/x/*
+		losetup --detach "$(losetup --noheadings --output NAME --associated /var/lib/compute-bridge/x/grants/1.img)"
 		systemctl stop cb-x-1.service; podman rm -fi cb-x-1; podman network rm cb-x-1
 		nft 'delete element inet cb_x ifs { "cb0123456789" }'; rm -r /var/lib/compute-bridge/x`)
 	none("after the clean-up")

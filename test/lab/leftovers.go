@@ -6,15 +6,28 @@ import (
 	"errors"
 	"fmt"
 	"os/exec"
+	"strconv"
 	"strings"
 )
 
 // BridgeDir is where a bridge keeps its files on a host.
 const BridgeDir = "/var/lib/compute-bridge"
 
+// runBridgeDir is where a bridge keeps what a reboot may forget.
+const runBridgeDir = "/run/compute-bridge"
+
+// podmanLocks is how many locks podman has (num_locks in containers.conf(5)).
+// All stores of a host share them.
+const podmanLocks = "2048"
+
+// firstGrantUser is the lowest user id that a grant's container is mapped to,
+// far above all users of a host.
+const firstGrantUser = 100000
+
 // Leftovers lists what on the host still belongs to a bridge, one line each:
-// units, containers, networks, images, mounts, network interfaces, elements of
-// nft sets and rules of published ports, grants' directories, processes. A host
+// units and their control groups, containers, podman's locks, networks, network
+// namespaces, images, mounts, loop devices, network interfaces, elements of nft
+// sets and rules of published ports, grants' directories, processes. A host
 // whose grants have all ended and been accounted for has none but images, which
 // a worker may keep for the next grant: pass ignore to leave lines out that
 // begin with one of its strings ("image ").
@@ -22,7 +35,7 @@ func (h *Host) Leftovers(ctx context.Context, ignore ...string) ([]string, error
 	var left []string
 	var errs []error
 	for _, look := range []func(context.Context) ([]string, error){
-		h.leftUnits, h.leftPodman, h.leftNft, h.leftFiles, h.leftProcesses,
+		h.leftUnits, h.leftPodman, h.leftNft, h.leftFiles, h.leftLoops, h.leftProcesses,
 	} {
 		found, err := look(ctx)
 		left = append(left, found...)
@@ -83,8 +96,9 @@ func (h *Host) leftUnits(ctx context.Context) ([]string, error) {
 		return nil, err
 	}
 	for _, mount := range mounts {
-		if fields := strings.Fields(mount); strings.HasPrefix(fields[1], BridgeDir+"/") {
-			units = append(units, "mount "+fields[1])
+		at := strings.Fields(mount)[1]
+		if strings.HasPrefix(at, BridgeDir+"/") || strings.HasPrefix(at, runBridgeDir+"/") {
+			units = append(units, "mount "+at)
 		}
 	}
 	return units, nil
@@ -115,6 +129,13 @@ func (h *Host) leftPodman(ctx context.Context) ([]string, error) {
 				left = append(left, line)
 			}
 		}
+	}
+	free, err := h.Exec(ctx, "podman", "info", "--format", "{{.Host.FreeLocks}}")
+	if err != nil {
+		return nil, err
+	}
+	if free = strings.TrimSpace(free); free != podmanLocks {
+		left = append(left, fmt.Sprintf("podman locks: %s of %s are free", free, podmanLocks))
 	}
 	return left, nil
 }
@@ -171,29 +192,50 @@ func nftLeftovers(ruleset []byte) ([]string, error) {
 	return left, nil
 }
 
-// leftFiles lists grants' directories and half-written files of the caches.
+// leftFiles lists grants' directories and half-written files of the caches; and
+// what systemd, podman and its runtime keep of a container or a unit.
 func (h *Host) leftFiles(ctx context.Context) ([]string, error) {
-	return h.lines(ctx, "file ", "sh", "-c",
-		`[ -d "$1" ] || exit 0; find "$1" -path '*/grants/*' -prune -print -o -name '.tmp-*' -print; find /run -maxdepth 2 -name 'cb-*'`,
-		"sh", BridgeDir)
+	return h.lines(ctx, "file ", "sh", "-c", `
+		[ ! -d "$1" ] || find "$1" -path '*/grants/*' -prune -print -o -name '.tmp-*' -print
+		[ ! -d "$2" ] || find "$2" -regextype egrep -maxdepth 2 -regex '.*/[0-9a-f]{64}'
+		for dir in /run/netns /run/crun /run/libpod/persist /run/libpod/exits; do
+			[ ! -d "$dir" ] || find "$dir" -mindepth 1 -maxdepth 1 ! -name '.*'
+		done
+		find /run /sys/fs/cgroup -maxdepth 3 -name 'cb-*'`,
+		"sh", BridgeDir, runBridgeDir)
+}
+
+// leftLoops lists loop devices whose image is, or was, on the host. The kernel
+// shows every host all of them; the image's file system tells whose it is. That
+// is known of a file: an overlay has one number for itself and one for those.
+func (h *Host) leftLoops(ctx context.Context) ([]string, error) {
+	return h.lines(ctx, "loop device ", "sh", "-c", `
+		touch "$1" && own=$(stat --format %Hd:%Ld "$1") && rm "$1" || exit
+		losetup --list --noheadings --output BACK-MAJ:MIN,NAME,BACK-FILE | while read -r at name file; do
+			[ "$at" != "$own" ] || echo "$name $file"
+		done`, "sh", "/var/lib/.lab-own")
 }
 
 // leftProcesses lists processes of grants' units or of a bridge's programs, and
 // containers' monitors.
 func (h *Host) leftProcesses(ctx context.Context) ([]string, error) {
-	all, err := h.lines(ctx, "", "ps", "-e", "-ww", "-o", "pid=,cgroup=,args=")
+	all, err := h.lines(ctx, "", "ps", "-e", "-ww", "-o", "pid=,uid=,cgroup=,args=")
 	if err != nil {
 		return nil, err
 	}
 	var left []string
 	for _, line := range all {
 		fields := strings.Fields(line)
-		if len(fields) < 3 {
+		if len(fields) < 4 {
 			continue
 		}
-		group, args := fields[1], strings.Join(fields[2:], " ")
-		program := fields[2]
-		if strings.Contains(group, "/cb-") || strings.Contains(group, "/libpod-") ||
+		user, err := strconv.Atoi(fields[1])
+		if err != nil {
+			return nil, fmt.Errorf("ps says %q: %w", line, err)
+		}
+		group, args := fields[2], strings.Join(fields[3:], " ")
+		program := fields[3]
+		if user >= firstGrantUser || strings.Contains(group, "/cb-") || strings.Contains(group, "/libpod-") ||
 			strings.HasPrefix(program, BridgeDir) || strings.HasSuffix(program, "/conmon") {
 			left = append(left, fmt.Sprintf("process %s: %s", fields[0], args))
 		}
