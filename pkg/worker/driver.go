@@ -109,6 +109,12 @@ type Env struct {
 	HostKey func(id backend.GrantID, attempt uint32) (private redact.Secret, public string, err error)
 	// Metrics registers the driver's own metrics.
 	Metrics prometheus.Registerer
+	// Janitor says that this process only sweeps, perhaps beside workers that
+	// live: the driver prepares nothing for grants, Open succeeds with whatever
+	// parts of the provider can be seen in time (List names the others), and
+	// nothing but Terminate changes anything at the provider. A part whose clock
+	// can't be believed counts as one that can't be seen.
+	Janitor bool
 }
 
 // Journal is what no provider remembers, kept in the ledger.

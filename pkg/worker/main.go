@@ -30,6 +30,7 @@ func Main[D any](name string, open Open[D]) {
 		Run: func(ctx context.Context, c Config[D], log *slog.Logger) error {
 			return Run(ctx, c, open, log, nil)
 		},
+		Commands: []process.Command[Config[D]]{SweepCommand(open)},
 	}.Main()
 }
 

@@ -55,7 +55,9 @@ type RuntimeConfig struct {
 	OrphanAge time.Duration
 	// Grace is how long after its deadline an instance may be seen before sweep
 	// ends it. Default 60 s.
-	Grace   time.Duration
+	Grace time.Duration
+	// Janitor says that the runtime is only for [Runtime.SweepOnce].
+	Janitor bool
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
 }
@@ -136,6 +138,7 @@ func (r *Runtime) Env() Env {
 		Journal:  r.journal,
 		HostKey:  r.keys.hostKey,
 		Metrics:  r.config.Metrics,
+		Janitor:  r.config.Janitor,
 	}
 }
 
