@@ -122,7 +122,7 @@ func (b *Backend) waitForHosts(ctx context.Context) error {
 	}
 	wg.Wait()
 	err := errors.Join(problems...)
-	if err != nil && b.config.LenientBoot {
+	if err != nil && (b.config.LenientBoot || b.env.Janitor) {
 		b.log.WarnContext(ctx, "Starting without all hosts", "error", err.Error())
 		return nil
 	}
@@ -338,7 +338,9 @@ func (h *host) list(ctx context.Context) ([]backend.Resource, error) {
 		running[u.Name] = true
 		active[u.Name] = u.ActiveState == "active"
 	}
-	if err := h.restoreFirewall(ctx, records, active); err != nil {
+	if h.backend.env.Janitor {
+		active = nil // It restores nothing; a worker does.
+	} else if err := h.restoreFirewall(ctx, records, active); err != nil {
 		h.log.WarnContext(ctx, "Looking after the firewall failed", "error", err.Error())
 	}
 	var out []backend.Resource

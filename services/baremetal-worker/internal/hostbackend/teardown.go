@@ -25,6 +25,13 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 	if err := h.wait(ctx); err != nil {
 		return err
 	}
+	if h.backend.env.Janitor {
+		// A worker has prepared the host for this when it connected. Since then
+		// it may have been rebooted.
+		if err := errors.Join(h.bus.Start(ctx, "podman.socket"), h.nft.Ensure(ctx)); err != nil {
+			return err
+		}
+	}
 	dir := h.backend.dirs.grant(id)
 	r, err := h.recordOrIntent(ctx, id)
 	recorded := err == nil
