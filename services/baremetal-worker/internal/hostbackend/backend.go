@@ -338,10 +338,10 @@ func (h *host) list(ctx context.Context) ([]backend.Resource, error) {
 		running[u.Name] = true
 		active[u.Name] = u.ActiveState == "active"
 	}
-	if h.backend.env.Janitor {
-		active = nil // It restores nothing; a worker does.
-	} else if err := h.restoreFirewall(ctx, records, active); err != nil {
-		h.log.WarnContext(ctx, "Looking after the firewall failed", "error", err.Error())
+	if !h.backend.env.Janitor {
+		if err := h.restoreFirewall(ctx, records, active); err != nil {
+			h.log.WarnContext(ctx, "Looking after the firewall failed", "error", err.Error())
+		}
 	}
 	var out []backend.Resource
 	for _, r := range records {
