@@ -19,7 +19,7 @@ import (
 
 // dialect is all that differs between database systems. The statements in the
 // other files keep to what SQLite and PostgreSQL both understand, except for
-// the placeholders, which a second dialect rewrites in its driver's open.
+// the placeholders, which are SQLite's.
 type dialect interface {
 	// open connects and returns a handle for writes and one for reads.
 	open(ctx context.Context) (write, read *sql.DB, err error)
@@ -28,6 +28,14 @@ type dialect interface {
 	// isConstraint reports whether err says that a constraint or trigger
 	// refused a write.
 	isConstraint(err error) bool
+	// timeout bounds every call; zero means that only the caller does.
+	timeout() time.Duration
+	// lock keeps other write transactions for a grant waiting until the end of
+	// tx, and lockSchema other migrations.
+	lock(ctx context.Context, tx *sql.Tx, id RequestID) error
+	lockSchema(ctx context.Context, tx *sql.Tx) error
+	// check reports whether tx could write.
+	check(ctx context.Context, tx *sql.Tx) error
 }
 
 // dialectFor returns the dialect that cfg names.
@@ -38,8 +46,14 @@ func dialectFor(cfg Config) (dialect, error) {
 			return nil, errors.New("ledger: path: empty")
 		}
 		return sqliteDialect{path: cfg.Path, busyTimeout: cfg.BusyTimeout}, nil
+	case DriverPostgres:
+		d, err := newPostgresDialect(cfg.DSN, cfg.Password, cfg.BusyTimeout)
+		if err != nil {
+			return nil, fmt.Errorf("ledger: dsn: %w", err)
+		}
+		return d, nil
 	default:
-		return nil, fmt.Errorf("ledger: driver: unknown value %q, want %q", cfg.Driver, DriverSQLite)
+		return nil, fmt.Errorf("ledger: driver: unknown value %q, want %q or %q", cfg.Driver, DriverSQLite, DriverPostgres)
 	}
 }
 
@@ -63,6 +77,19 @@ func (d sqliteDialect) migrations() fs.FS {
 	}
 	return sub
 }
+
+// timeout is none: a write waits for those before it in this process for as
+// long as its caller does, and for another process's no longer than the busy
+// timeout.
+func (d sqliteDialect) timeout() time.Duration { return 0 }
+
+// Write transactions run one after the other anyway.
+func (d sqliteDialect) lock(context.Context, *sql.Tx, RequestID) error { return nil }
+
+func (d sqliteDialect) lockSchema(context.Context, *sql.Tx) error { return nil }
+
+// To have begun is to be able to write.
+func (d sqliteDialect) check(context.Context, *sql.Tx) error { return nil }
 
 func (d sqliteDialect) isConstraint(err error) bool {
 	var e *sqlite.Error
