@@ -63,6 +63,9 @@ type Config struct {
 	// it fails with [ErrUnavailable]; zero means 5 s. With PostgreSQL it is also
 	// how long connecting may take, and no call takes longer than twice as long.
 	BusyTimeout time.Duration
+	// Existing refuses a store that is empty, with [ErrNotFound], instead of
+	// making it.
+	Existing bool
 }
 
 // Ledger is an open store. It is safe for concurrent use.
@@ -92,10 +95,27 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 	if l.write, l.read, err = d.open(ctx); err != nil {
 		return nil, fmt.Errorf("open ledger: %w", l.wrap(ctx, err))
 	}
+	if cfg.Existing {
+		if err := l.made(ctx); err != nil {
+			return nil, errors.Join(fmt.Errorf("open ledger: %w", err), l.Close())
+		}
+	}
 	if err := migrate(ctx, l, d.migrations()); err != nil {
 		return nil, errors.Join(fmt.Errorf("open ledger: %w", err), l.Close())
 	}
 	return l, nil
+}
+
+// made returns [ErrNotFound] if no process has made the store yet.
+func (l *Ledger) made(ctx context.Context) error {
+	_, err := read(ctx, l, func(ctx context.Context, q querier) (struct{}, error) {
+		made, err := l.dialect.made(ctx, q)
+		if err == nil && !made {
+			err = fmt.Errorf("%w: the store is empty", ErrNotFound)
+		}
+		return struct{}{}, err
+	})
+	return err
 }
 
 // Close releases the store. Calls that are under way finish first; later ones
@@ -149,7 +169,7 @@ func (l *Ledger) update(ctx context.Context, id RequestID, fn func(context.Conte
 }
 
 func (l *Ledger) transact(ctx context.Context, fn func(*sql.Tx) error) error {
-	tx, err := l.write.BeginTx(ctx, nil)
+	tx, err := l.dialect.begin(ctx, l.write)
 	if err != nil {
 		return err
 	}

@@ -119,12 +119,8 @@ func newPostgresDialect(dsn string, password redact.Secret, waiting time.Duratio
 		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 	}
 	milliseconds := func(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
-	for name, value := range map[string]string{
-		"application_name": "compute-bridge",
-	} {
-		if config.RuntimeParams[name] == "" {
-			config.RuntimeParams[name] = value
-		}
+	if config.RuntimeParams["application_name"] == "" {
+		config.RuntimeParams["application_name"] = "compute-bridge"
 	}
 	config.RuntimeParams["lock_timeout"] = milliseconds(waiting)
 	config.RuntimeParams["statement_timeout"] = milliseconds(2 * waiting)
@@ -177,6 +173,10 @@ func (d postgresDialect) migrations() fs.FS {
 // timeout is longer than what the server takes to give up on a lock.
 func (d postgresDialect) timeout() time.Duration { return 2 * d.waiting }
 
+func (d postgresDialect) begin(ctx context.Context, db *sql.DB) (*sql.Tx, error) {
+	return db.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted}) // whatever the default is
+}
+
 // lock serialises the transactions of one grant with a lock of their own,
 // rather than with SERIALIZABLE, whose false conflicts would have to be retried
 // and which protects only from others that use it too. In READ COMMITTED every
@@ -192,6 +192,11 @@ func (d postgresDialect) lockSchema(ctx context.Context, tx *sql.Tx) error {
 	_, err := tx.ExecContext(ctx, `SELECT set_config('statement_timeout', '0', true), set_config('lock_timeout', '0', true),
 		pg_advisory_xact_lock(?::BIGINT)`, int64(schemaLock))
 	return err
+}
+
+func (d postgresDialect) made(ctx context.Context, q querier) (made bool, err error) {
+	err = q.QueryRowContext(ctx, `SELECT to_regclass('schema_migrations') IS NOT NULL`).Scan(&made)
+	return made, err
 }
 
 func (d postgresDialect) check(ctx context.Context, tx *sql.Tx) error {
