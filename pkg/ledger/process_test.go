@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -16,24 +17,21 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
 
-// The variables that turn the test binary into another process on one store.
+// The variables that turn the test binary into another process on one file.
 const (
-	childMode   = "LEDGER_TEST_CHILD"
-	childDriver = "LEDGER_TEST_DRIVER"
-	childPath   = "LEDGER_TEST_PATH"
-	childDSN    = "LEDGER_TEST_DSN"
-	childName   = "LEDGER_TEST_NAME"
+	childMode = "LEDGER_TEST_CHILD"
+	childPath = "LEDGER_TEST_PATH"
+	childName = "LEDGER_TEST_NAME"
 )
 
 func TestMain(m *testing.M) {
-	config := ledger.Config{Driver: os.Getenv(childDriver), Path: os.Getenv(childPath), DSN: os.Getenv(childDSN)}
 	switch os.Getenv(childMode) {
 	case "":
 		goleak.VerifyTestMain(m)
 	case "claim":
-		exitWith(claimAll(config, os.Getenv(childName)))
+		exitWith(claimAll(os.Getenv(childPath), os.Getenv(childName)))
 	case "churn":
-		exitWith(churn(config, os.Getenv(childName)))
+		exitWith(churn(os.Getenv(childPath), os.Getenv(childName)))
 	}
 }
 
@@ -45,13 +43,12 @@ func exitWith(err error) {
 	os.Exit(0)
 }
 
-func (s store) child(t *testing.T, mode, name string) *exec.Cmd {
+func child(t *testing.T, mode, path, name string) *exec.Cmd {
 	t.Helper()
 	exe, err := os.Executable()
 	must(t, err)
 	cmd := exec.CommandContext(t.Context(), exe)
-	cmd.Env = append(os.Environ(), childMode+"="+mode, childName+"="+name,
-		childDriver+"="+s.config.Driver, childPath+"="+s.config.Path, childDSN+"="+s.config.DSN)
+	cmd.Env = append(os.Environ(), childMode+"="+mode, childPath+"="+path, childName+"="+name)
 	cmd.Stderr = os.Stderr
 	return cmd
 }
@@ -60,9 +57,9 @@ const contested = 100
 
 // claimAll claims the same grants as its sibling does, and prints for each what
 // is stored.
-func claimAll(config ledger.Config, name string) error {
+func claimAll(path, name string) error {
 	ctx := context.Background()
-	l, err := ledger.Open(ctx, config)
+	l, err := ledger.Open(ctx, ledger.Config{Path: path})
 	if err != nil {
 		return err
 	}
@@ -78,15 +75,14 @@ func claimAll(config ledger.Config, name string) error {
 	return l.Close()
 }
 
-func TestTwoProcessesAgreeOnEveryClaim(t *testing.T) { both(t, testTwoProcessesAgreeOnEveryClaim) }
-
-// The processes also race to create the store.
-func testTwoProcessesAgreeOnEveryClaim(t *testing.T, s store) {
+func TestTwoProcessesAgreeOnEveryClaim(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "l.db") // The processes also race to create it.
 	names := []string{"a", "b", "c"}
 	outs := make([]strings.Builder, len(names))
 	var cmds []*exec.Cmd
 	for i, name := range names {
-		cmd := s.child(t, "claim", name)
+		cmd := child(t, "claim", path, name)
 		cmd.Stdout = &outs[i]
 		must(t, cmd.Start())
 		cmds = append(cmds, cmd)
@@ -118,9 +114,9 @@ func testTwoProcessesAgreeOnEveryClaim(t *testing.T, s store) {
 
 // churn takes grants through their whole life and prints each step after the
 // ledger has confirmed it, until it is killed.
-func churn(config ledger.Config, first string) error {
+func churn(path, first string) error {
 	ctx := context.Background()
-	l, err := ledger.Open(ctx, config)
+	l, err := ledger.Open(ctx, ledger.Config{Path: path})
 	if err != nil {
 		return err
 	}
@@ -158,14 +154,12 @@ func churn(config ledger.Config, first string) error {
 }
 
 func TestKilledProcessLosesNothingConfirmed(t *testing.T) {
-	both(t, testKilledProcessLosesNothingConfirmed)
-}
-
-func testKilledProcessLosesNothingConfirmed(t *testing.T, s store) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "l.db")
 	confirmed := map[string]bool{}
 	next := 0
 	for round := range 6 {
-		cmd := s.child(t, "churn", strconv.Itoa(next))
+		cmd := child(t, "churn", path, strconv.Itoa(next))
 		out, err := cmd.StdoutPipe()
 		must(t, err)
 		must(t, cmd.Start())
@@ -183,14 +177,13 @@ func testKilledProcessLosesNothingConfirmed(t *testing.T, s store) {
 		next += 1000
 	}
 
-	if !s.postgres() {
-		var verdict string
-		must(t, s.raw(t).QueryRowContext(t.Context(), "PRAGMA integrity_check").Scan(&verdict))
-		if verdict != "ok" {
-			t.Fatalf("integrity check: %s", verdict)
-		}
+	db := raw(t, path)
+	var verdict string
+	must(t, db.QueryRowContext(t.Context(), "PRAGMA integrity_check").Scan(&verdict))
+	if verdict != "ok" {
+		t.Fatalf("integrity check: %s", verdict)
 	}
-	l := s.open(t)
+	l := open(t, path)
 	for line := range confirmed {
 		var what string
 		var i, n int

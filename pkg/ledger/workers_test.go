@@ -7,10 +7,9 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
 
-func TestWhoWorksIsKnownUntilItLeaves(t *testing.T) { both(t, testWhoWorksIsKnownUntilItLeaves) }
-
-func testWhoWorksIsKnownUntilItLeaves(t *testing.T, s store) {
-	l := s.open(t)
+func TestWhoWorksIsKnownUntilItLeaves(t *testing.T) {
+	t.Parallel()
+	l, path := fresh(t)
 	last := func(backend string) time.Time {
 		t.Helper()
 		at, err := l.LastBeat(t.Context(), backend)
@@ -34,7 +33,7 @@ func testWhoWorksIsKnownUntilItLeaves(t *testing.T, s store) {
 	must(t, l.Leave(t.Context(), "metal", "a"))
 	must(t, l.Leave(t.Context(), "metal", "a"))
 	// Another process, of the same file, sees the one that is left.
-	other := s.open(t)
+	other := open(t, path)
 	if at, err := other.LastBeat(t.Context(), "metal"); err != nil || at.Before(first) {
 		t.Errorf("after one has left: %v, %v", at, err)
 	}
@@ -45,10 +44,9 @@ func testWhoWorksIsKnownUntilItLeaves(t *testing.T, s store) {
 }
 
 // An attempt that another process has undone has no instance any more.
-func TestNoInstanceOfAnAttemptThatIsGone(t *testing.T) { both(t, testNoInstanceOfAnAttemptThatIsGone) }
-
-func testNoInstanceOfAnAttemptThatIsGone(t *testing.T, s store) {
-	l := s.open(t)
+func TestNoInstanceOfAnAttemptThatIsGone(t *testing.T) {
+	t.Parallel()
+	l, _ := fresh(t)
 	_, _, err := l.PutClaim(t.Context(), aClaim(1))
 	must(t, err)
 	_, _, err = l.BeginAttempt(t.Context(), id(1), hash("content"), render("a"))

@@ -84,7 +84,7 @@ done`, "sh", faultProgram)
 
 // injection is a fault that is waiting or at work.
 type injection struct {
-	reached chan struct{}
+	reached <-chan struct{}
 	release func()
 }
 
@@ -117,7 +117,8 @@ func (s *Site) inject(t testing.TB, f backendtest.Fault) backendtest.Injection {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), 2*s.Patience)
-	i := &injection{reached: make(chan struct{})}
+	reached := make(chan struct{})
+	i := &injection{reached: reached}
 	var watches sync.WaitGroup
 	var once sync.Once
 	for _, h := range s.Hosts {
@@ -126,7 +127,7 @@ func (s *Site) inject(t testing.TB, f backendtest.Fault) backendtest.Injection {
 				if _, err := h.Exec(ctx, "sh", "-c", `until [ -e "$1/reached" ]; do sleep 0.01; done; rm "$1/reached"`, "sh", dir); err != nil {
 					return // it was released
 				}
-				once.Do(func() { close(i.reached) })
+				once.Do(func() { close(reached) })
 				if f.Kind != backendtest.FaultSlow {
 					// A release meanwhile waits for both.
 					whole := context.WithoutCancel(ctx)
@@ -178,8 +179,9 @@ func (s *Site) cutOff(t testing.TB, kind backendtest.FaultKind) backendtest.Inje
 			t.Fatal(err)
 		}
 	}
-	i := &injection{reached: make(chan struct{})}
-	close(i.reached)
+	reached := make(chan struct{})
+	close(reached)
+	i := &injection{reached: reached}
 	i.release = sync.OnceFunc(func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), s.Patience)
 		defer cancel()

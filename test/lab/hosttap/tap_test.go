@@ -138,7 +138,15 @@ func TestTapForwardsWhatTheHostSays(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer session.Close() //nolint:errcheck // over
-	if err := session.Start("sleep 1000"); err != nil {
+	out, err := session.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := session.Start("echo ready; exec sleep 1000"); err != nil {
+		t.Fatal(err)
+	}
+	// sshd has no process group to send a signal to at first.
+	if _, err := io.ReadFull(out, make([]byte, len("ready"))); err != nil {
 		t.Fatal(err)
 	}
 	if err := session.Signal(ssh.SIGTERM); err != nil {

@@ -54,6 +54,7 @@ type Backend struct {
 	byName    map[string]*host
 
 	cancel    context.CancelFunc
+	closed    <-chan struct{} // closed when Close begins: nothing is waited for any more
 	followers sync.WaitGroup
 
 	mu      sync.Mutex
@@ -94,7 +95,7 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 	}
 	b.inventory = inventory.New(declared)
 	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	b.cancel = cancel
+	b.cancel, b.closed = cancel, life.Done()
 	for _, hc := range c.Hosts {
 		h, err := newHost(life, b, hc)
 		if err != nil {

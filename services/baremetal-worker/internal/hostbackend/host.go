@@ -154,8 +154,10 @@ func (h *host) follow(ctx context.Context) {
 		case <-ctx.Done():
 		}
 	}
-	h.setUnseen(errors.New("the worker is stopping"))
+	h.setUnseen(errStopping)
 }
+
+var errStopping = errors.New("the worker is stopping")
 
 // bring brings a connected host into use, as far as that isn't done yet.
 func (h *host) bring(ctx context.Context, generation uint64) error {
@@ -266,6 +268,8 @@ func (h *host) wait(ctx context.Context) error {
 		}
 		select {
 		case <-changed:
+		case <-h.backend.closed:
+			return h.unavailable(errStopping)
 		case <-ctx.Done():
 			return h.unavailable(errors.Join(problem, ctx.Err()))
 		}
