@@ -73,7 +73,7 @@ func over(ctx context.Context, q querier, id RequestID) (bool, error) {
 func (l *Ledger) BeginAttempt(ctx context.Context, id RequestID, contentHash [32]byte,
 	render func(number uint32) (AttemptParams, error),
 ) (a Attempt, created bool, err error) {
-	err = l.update(ctx, func(tx *sql.Tx) error {
+	err = l.update(ctx, id, func(ctx context.Context, tx *sql.Tx) error {
 		ended, err := over(ctx, tx, id)
 		if err != nil {
 			return err
@@ -122,7 +122,7 @@ func (l *Ledger) BeginAttempt(ctx context.Context, id RequestID, contentHash [32
 // must have confirmed with the platform. It is idempotent; an attempt that was
 // never begun is [ErrNotFound].
 func (l *Ledger) MarkGone(ctx context.Context, id RequestID, number uint32) error {
-	err := l.update(ctx, func(tx *sql.Tx) error {
+	err := l.update(ctx, id, func(ctx context.Context, tx *sql.Tx) error {
 		gone, err := changed(tx.ExecContext(ctx, `UPDATE intents SET state = 'gone', gone_at = ?
 			WHERE request_id = ? AND attempt = ? AND state = 'open'`, micros(time.Now()), id[:], int64(number)))
 		if err != nil || gone {

@@ -69,7 +69,7 @@ func claim(ctx context.Context, q querier, id RequestID) (Claim, error) {
 // be put for a closed grant; [Ledger.BeginAttempt] is what refuses those.
 func (l *Ledger) PutClaim(ctx context.Context, c Claim) (stored Claim, created bool, err error) {
 	c.CreatedAt = orNow(c.CreatedAt)
-	err = l.update(ctx, func(tx *sql.Tx) error {
+	err = l.update(ctx, c.RequestID, func(ctx context.Context, tx *sql.Tx) error {
 		var sealed any
 		if c.SealedKey != nil {
 			sealed = c.SealedKey
@@ -95,9 +95,9 @@ func (l *Ledger) PutClaim(ctx context.Context, c Claim) (stored Claim, created b
 
 // Claim returns the claim of a grant, or [ErrNotFound].
 func (l *Ledger) Claim(ctx context.Context, id RequestID) (Claim, error) {
-	c, err := claim(ctx, l.read, id)
+	c, err := read(ctx, l, func(ctx context.Context, q querier) (Claim, error) { return claim(ctx, q, id) })
 	if err != nil {
-		return Claim{}, fmt.Errorf("read claim: %w", l.wrap(ctx, err))
+		return Claim{}, fmt.Errorf("read claim: %w", err)
 	}
 	return c, nil
 }
@@ -109,7 +109,7 @@ func (l *Ledger) Claim(ctx context.Context, id RequestID) (Claim, error) {
 // the caller reads it again. Only who has confirmed that nothing of the grant
 // exists at from may call it.
 func (l *Ledger) MoveClaim(ctx context.Context, id RequestID, from, to string) error {
-	err := l.update(ctx, func(tx *sql.Tx) error {
+	err := l.update(ctx, id, func(ctx context.Context, tx *sql.Tx) error {
 		ended, err := over(ctx, tx, id)
 		if err != nil {
 			return err
@@ -137,7 +137,7 @@ func (l *Ledger) MoveClaim(ctx context.Context, id RequestID, from, to string) e
 // has none yet, and returns the claim as stored and whether the key is this
 // one. It returns [ErrNotFound] without a claim.
 func (l *Ledger) SetSealedKey(ctx context.Context, id RequestID, sealed []byte, loginPublicKey string) (stored Claim, created bool, err error) {
-	err = l.update(ctx, func(tx *sql.Tx) error {
+	err = l.update(ctx, id, func(ctx context.Context, tx *sql.Tx) error {
 		created, err = changed(tx.ExecContext(ctx,
 			`UPDATE claims SET sealed_key = ?, login_public_key = ? WHERE request_id = ? AND sealed_key IS NULL`,
 			blob(sealed), loginPublicKey, id[:]))
@@ -173,20 +173,22 @@ func (l *Ledger) LiveClaims(ctx context.Context, backend string) iter.Seq2[Claim
 
 // list returns all rows of one query.
 func list[T any](ctx context.Context, l *Ledger, scan func(scanner) (T, error), query string, args ...any) ([]T, error) {
-	rows, err := l.read.QueryContext(ctx, query, args...)
-	if err != nil {
-		return nil, l.wrap(ctx, err)
-	}
-	defer func() { _ = rows.Close() }() // Its error is that of rows.Err.
-	var all []T
-	for rows.Next() {
-		row, err := scan(rows)
+	return read(ctx, l, func(ctx context.Context, q querier) ([]T, error) {
+		rows, err := q.QueryContext(ctx, query, args...)
 		if err != nil {
-			return nil, l.wrap(ctx, err)
+			return nil, err
 		}
-		all = append(all, row)
-	}
-	return all, l.wrap(ctx, rows.Err())
+		defer func() { _ = rows.Close() }() // Its error is that of rows.Err.
+		var all []T
+		for rows.Next() {
+			row, err := scan(rows)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, row)
+		}
+		return all, rows.Err()
+	})
 }
 
 // pages turns reads of one page each, which begin after an id, into a sequence.

@@ -34,7 +34,7 @@ func closure(ctx context.Context, q querier, id RequestID) (Closure, error) {
 // process.
 func (l *Ledger) CloseGrant(ctx context.Context, c Closure) (stored Closure, created bool, err error) {
 	c.At = orNow(c.At)
-	err = l.update(ctx, func(tx *sql.Tx) error {
+	err = l.update(ctx, c.RequestID, func(ctx context.Context, tx *sql.Tx) error {
 		created, err = changed(tx.ExecContext(ctx, `INSERT INTO closures (request_id, reason, closed_by, closed_at)
 			VALUES (?, ?, ?, ?) ON CONFLICT (request_id) DO NOTHING`, c.RequestID[:], c.Reason, c.By, micros(c.At)))
 		if err != nil {
@@ -51,9 +51,9 @@ func (l *Ledger) CloseGrant(ctx context.Context, c Closure) (stored Closure, cre
 
 // Closure returns the closure of a grant, or [ErrNotFound] while it is open.
 func (l *Ledger) Closure(ctx context.Context, id RequestID) (Closure, error) {
-	c, err := closure(ctx, l.read, id)
+	c, err := read(ctx, l, func(ctx context.Context, q querier) (Closure, error) { return closure(ctx, q, id) })
 	if err != nil {
-		return Closure{}, fmt.Errorf("read closure: %w", l.wrap(ctx, err))
+		return Closure{}, fmt.Errorf("read closure: %w", err)
 	}
 	return c, nil
 }

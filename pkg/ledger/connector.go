@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql/driver"
 	"errors"
+	"fmt"
 )
 
 // connector gives a driver's connections what the statements of this package
@@ -18,6 +19,8 @@ type connector struct {
 	// prepare keeps prepared statements here; a driver that does so by itself
 	// does without.
 	prepare bool
+	// broken reports whether a driver's connection is lost; nil means never.
+	broken func(driver.Conn) bool
 }
 
 // fullConn is what the drivers' connections can do.
@@ -48,7 +51,7 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 	if !ok {
 		return nil, errors.Join(errors.New("the driver lacks methods that the ledger needs"), inner.Close())
 	}
-	conn := &conn{fullConn: full, rewrite: c.rewrite}
+	conn := &conn{fullConn: full, rewrite: c.rewrite, broken: c.broken}
 	if c.prepare {
 		conn.prepared = map[string]*prepared{}
 	}
@@ -64,6 +67,7 @@ func (c connector) Connect(ctx context.Context) (driver.Conn, error) {
 type conn struct {
 	fullConn
 	rewrite  func(string) string
+	broken   func(driver.Conn) bool
 	prepared map[string]*prepared
 }
 
@@ -92,6 +96,23 @@ func (c *conn) Close() error {
 	}
 	c.prepared = nil
 	return errors.Join(failed, c.fullConn.Close())
+}
+
+// lost makes an error on a connection that is broken one that package sql knows:
+// it drops the connection, and outside of a transaction tries another one, at
+// last a new one. So a server that was restarted is noticed by nobody. It is for
+// what has no effect: a begin, a read.
+func (c *conn) lost(ctx context.Context, err error) error {
+	if err == nil || ctx.Err() != nil || c.broken == nil || !c.broken(c.fullConn) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", driver.ErrBadConn, err)
+}
+
+// BeginTx implements [driver.ConnBeginTx].
+func (c *conn) BeginTx(ctx context.Context, opts driver.TxOptions) (driver.Tx, error) {
+	tx, err := c.fullConn.BeginTx(ctx, opts)
+	return tx, c.lost(ctx, err)
 }
 
 // statement returns the prepared form of query, or nil if it must be run as it
@@ -145,7 +166,8 @@ func (c *conn) QueryContext(ctx context.Context, query string, args []driver.Nam
 	case err != nil:
 		return nil, err
 	case s == nil:
-		return c.fullConn.QueryContext(ctx, c.text(query), args)
+		rows, err := c.fullConn.QueryContext(ctx, c.text(query), args)
+		return rows, c.lost(ctx, err)
 	}
 	rows, err := s.QueryContext(ctx, args)
 	if err != nil {

@@ -38,7 +38,7 @@ func scanInstance(row scanner) (Instance, error) {
 // attempt that is gone it returns [ErrConflict]: another process has undone it.
 func (l *Ledger) PutInstance(ctx context.Context, i Instance) (stored Instance, created bool, err error) {
 	i.ReadyAt = orNow(i.ReadyAt)
-	err = l.update(ctx, func(tx *sql.Tx) error {
+	err = l.update(ctx, i.RequestID, func(ctx context.Context, tx *sql.Tx) error {
 		var gone int64
 		err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM intents WHERE request_id = ? AND attempt = ? AND state = 'gone'`,
 			i.RequestID[:], int64(i.Attempt)).Scan(&gone)
@@ -67,10 +67,12 @@ func (l *Ledger) PutInstance(ctx context.Context, i Instance) (stored Instance, 
 // Instance returns the instance of a grant's latest attempt that had one, or
 // [ErrNotFound].
 func (l *Ledger) Instance(ctx context.Context, id RequestID) (Instance, error) {
-	i, err := scanInstance(l.read.QueryRowContext(ctx,
-		`SELECT `+instanceColumns+` FROM instances WHERE request_id = ? ORDER BY attempt DESC LIMIT 1`, id[:]))
+	i, err := read(ctx, l, func(ctx context.Context, q querier) (Instance, error) {
+		return scanInstance(q.QueryRowContext(ctx,
+			`SELECT `+instanceColumns+` FROM instances WHERE request_id = ? ORDER BY attempt DESC LIMIT 1`, id[:]))
+	})
 	if err != nil {
-		return Instance{}, fmt.Errorf("read instance: %w", l.wrap(ctx, err))
+		return Instance{}, fmt.Errorf("read instance: %w", err)
 	}
 	return i, nil
 }

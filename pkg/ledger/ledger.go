@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/compute-bridge/compute-bridge/pkg/redact"
 )
 
 // RequestID is the market's identity of a grant, the key of every table.
@@ -36,6 +38,8 @@ var (
 const (
 	// DriverSQLite stores everything in one local file.
 	DriverSQLite = "sqlite"
+	// DriverPostgres stores everything in a PostgreSQL database.
+	DriverPostgres = "postgres"
 )
 
 // defaultBusyTimeout is longer than any write transaction of ours takes on a
@@ -50,16 +54,25 @@ type Config struct {
 	// its directory must exist. An existing file that group or others may
 	// access is refused.
 	Path string
+	// DSN is the PostgreSQL database, as postgres://user@host:port/database,
+	// without a password. TLS with a verified certificate is the default.
+	DSN string
+	// Password is that of the user in DSN, if the server wants one.
+	Password redact.Secret
 	// BusyTimeout is how long a write waits for another process's write before
-	// it fails with [ErrUnavailable]; zero means 5 s.
+	// it fails with [ErrUnavailable]; zero means 5 s. With PostgreSQL it is also
+	// how long connecting may take, and no call takes longer than twice as long.
 	BusyTimeout time.Duration
+	// Existing refuses a store that is empty, with [ErrNotFound], instead of
+	// making it.
+	Existing bool
 }
 
 // Ledger is an open store. It is safe for concurrent use.
 type Ledger struct {
 	dialect dialect
-	// write has a single connection, so that this process's writers queue here,
-	// in order and cancellable, and not in the database's lock.
+	// write has a single connection with SQLite, so that this process's writers
+	// queue here, in order and cancellable, and not in the database's lock.
 	write *sql.DB
 	read  *sql.DB
 }
@@ -82,10 +95,27 @@ func Open(ctx context.Context, cfg Config) (*Ledger, error) {
 	if l.write, l.read, err = d.open(ctx); err != nil {
 		return nil, fmt.Errorf("open ledger: %w", l.wrap(ctx, err))
 	}
+	if cfg.Existing {
+		if err := l.made(ctx); err != nil {
+			return nil, errors.Join(fmt.Errorf("open ledger: %w", err), l.Close())
+		}
+	}
 	if err := migrate(ctx, l, d.migrations()); err != nil {
 		return nil, errors.Join(fmt.Errorf("open ledger: %w", err), l.Close())
 	}
 	return l, nil
+}
+
+// made returns [ErrNotFound] if no process has made the store yet.
+func (l *Ledger) made(ctx context.Context) error {
+	_, err := read(ctx, l, func(ctx context.Context, q querier) (struct{}, error) {
+		made, err := l.dialect.made(ctx, q)
+		if err == nil && !made {
+			err = fmt.Errorf("%w: the store is empty", ErrNotFound)
+		}
+		return struct{}{}, err
+	})
+	return err
 }
 
 // Close releases the store. Calls that are under way finish first; later ones
@@ -99,32 +129,64 @@ func (l *Ledger) Close() error {
 // Check reports whether the store can be read and locked for writing now, for
 // readiness probes. It writes nothing.
 func (l *Ledger) Check(ctx context.Context) error {
-	err := l.update(ctx, func(tx *sql.Tx) error {
+	limited, cancel := l.limit(ctx)
+	defer cancel()
+	err := l.transact(limited, func(tx *sql.Tx) error {
+		if err := l.dialect.check(limited, tx); err != nil {
+			return err
+		}
 		var n int64
-		return tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM schema_migrations`).Scan(&n)
+		return tx.QueryRowContext(limited, `SELECT COUNT(*) FROM schema_migrations`).Scan(&n)
 	})
-	if err != nil {
+	if err = l.wrap(ctx, err); err != nil {
 		return fmt.Errorf("check ledger: %w", err)
 	}
 	return nil
 }
 
-// update runs fn in one write transaction and commits it when fn returns nil.
-// All writes go through here. Write transactions of one store run one after
-// the other, over all processes: fn may read, decide and write without a race.
-// A driver whose write transactions run side by side must serialize those of
-// one grant here.
-func (l *Ledger) update(ctx context.Context, fn func(*sql.Tx) error) error {
-	tx, err := l.write.BeginTx(ctx, nil)
+// limit bounds a call that its caller doesn't bound: a connection that says
+// nothing any more must not hold anybody for ever.
+func (l *Ledger) limit(ctx context.Context) (context.Context, context.CancelFunc) {
+	if d := l.dialect.timeout(); d > 0 {
+		return context.WithTimeout(ctx, d)
+	}
+	return ctx, func() {}
+}
+
+// update runs fn in one write transaction for a grant and commits it when fn
+// returns nil. All writes but those of the schema go through here. Write
+// transactions of one grant run one after the other, over all processes: fn may
+// read, decide and write without a race. fn gets a context that may end earlier.
+func (l *Ledger) update(ctx context.Context, id RequestID, fn func(context.Context, *sql.Tx) error) error {
+	limited, cancel := l.limit(ctx)
+	defer cancel()
+	return l.wrap(ctx, l.transact(limited, func(tx *sql.Tx) error {
+		if err := l.dialect.lock(limited, tx, id); err != nil {
+			return err
+		}
+		return fn(limited, tx)
+	}))
+}
+
+func (l *Ledger) transact(ctx context.Context, fn func(*sql.Tx) error) error {
+	tx, err := l.dialect.begin(ctx, l.write)
 	if err != nil {
-		return l.wrap(ctx, err)
+		return err
 	}
 	if err := fn(tx); err != nil {
 		// A rollback can only fail when the transaction is over already.
 		_ = tx.Rollback()
-		return l.wrap(ctx, err)
+		return err
 	}
-	return l.wrap(ctx, tx.Commit())
+	return tx.Commit()
+}
+
+// read runs fn outside of a transaction.
+func read[T any](ctx context.Context, l *Ledger, fn func(context.Context, querier) (T, error)) (T, error) {
+	limited, cancel := l.limit(ctx)
+	defer cancel()
+	value, err := fn(limited, l.read)
+	return value, l.wrap(ctx, err)
 }
 
 // wrap gives an error that came from the database its place among the errors
@@ -148,6 +210,9 @@ func (l *Ledger) wrap(ctx context.Context, err error) error {
 		return fmt.Errorf("%w: %w: %w", ErrUnavailable, ctx.Err(), err)
 	case l.dialect.isConstraint(err):
 		return fmt.Errorf("%w: %w", ErrConflict, err)
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		// Not the caller's deadline but one of ours.
+		return fmt.Errorf("%w: %v", ErrUnavailable, err) //nolint:errorlint // It must not match.
 	default:
 		return fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}

@@ -61,7 +61,7 @@ func (l *Ledger) PutInterim(ctx context.Context, g Log) error {
 	if err != nil {
 		return fmt.Errorf("put interim log: %w", err)
 	}
-	err = l.update(ctx, func(tx *sql.Tx) error {
+	err = l.update(ctx, g.RequestID, func(ctx context.Context, tx *sql.Tx) error {
 		_, err := logOf(ctx, tx, g.RequestID, "final")
 		if err == nil {
 			return ErrStale
@@ -94,7 +94,7 @@ func (l *Ledger) PutFinal(ctx context.Context, g Log) (stored Log, created bool,
 	if err != nil {
 		return Log{}, false, fmt.Errorf("put final log: %w", err)
 	}
-	err = l.update(ctx, func(tx *sql.Tx) error {
+	err = l.update(ctx, g.RequestID, func(ctx context.Context, tx *sql.Tx) error {
 		created, err = changed(tx.ExecContext(ctx, `INSERT INTO compute_logs (request_id, kind, sequence, body, key_id, logged_at)
 			VALUES (?, 'final', ?, ?, ?, ?) ON CONFLICT (request_id, kind) DO NOTHING`,
 			g.RequestID[:], sequence, blob(g.Body), g.KeyID, micros(g.At)))
@@ -117,11 +117,13 @@ func (l *Ledger) PutFinal(ctx context.Context, g Log) (stored Log, created bool,
 // Log returns the final log of a grant, or its interim log while there is no
 // final one, or [ErrNotFound].
 func (l *Ledger) Log(ctx context.Context, id RequestID) (Log, error) {
-	g, err := scanLog(l.read.QueryRowContext(ctx,
-		// 'final' sorts before 'interim'.
-		`SELECT `+logColumns+` FROM compute_logs WHERE request_id = ? ORDER BY kind LIMIT 1`, id[:]))
+	g, err := read(ctx, l, func(ctx context.Context, q querier) (Log, error) {
+		return scanLog(q.QueryRowContext(ctx,
+			// 'final' sorts before 'interim'.
+			`SELECT `+logColumns+` FROM compute_logs WHERE request_id = ? ORDER BY kind LIMIT 1`, id[:]))
+	})
 	if err != nil {
-		return Log{}, fmt.Errorf("read log: %w", l.wrap(ctx, err))
+		return Log{}, fmt.Errorf("read log: %w", err)
 	}
 	return g, nil
 }

@@ -54,7 +54,7 @@ func migrate(ctx context.Context, l *Ledger, files fs.FS) error {
 	if err != nil {
 		return err
 	}
-	err = l.update(ctx, func(tx *sql.Tx) error {
+	err = l.migration(ctx, func(tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `CREATE TABLE IF NOT EXISTS schema_migrations (
 			version BIGINT NOT NULL PRIMARY KEY, name TEXT NOT NULL, applied_at BIGINT NOT NULL)`)
 		return err
@@ -63,7 +63,7 @@ func migrate(ctx context.Context, l *Ledger, files fs.FS) error {
 		return fmt.Errorf("create the table of migrations: %w", err)
 	}
 	for done := false; !done; {
-		err := l.update(ctx, func(tx *sql.Tx) error {
+		err := l.migration(ctx, func(tx *sql.Tx) error {
 			var version int
 			err := tx.QueryRowContext(ctx, `SELECT COALESCE(MAX(version), 0) FROM schema_migrations`).Scan(&version)
 			if err != nil {
@@ -89,4 +89,13 @@ func migrate(ctx context.Context, l *Ledger, files fs.FS) error {
 		}
 	}
 	return nil
+}
+
+func (l *Ledger) migration(ctx context.Context, fn func(*sql.Tx) error) error {
+	return l.wrap(ctx, l.transact(ctx, func(tx *sql.Tx) error {
+		if err := l.dialect.lockSchema(ctx, tx); err != nil {
+			return err
+		}
+		return fn(tx)
+	}))
 }

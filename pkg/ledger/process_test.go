@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"testing"
@@ -17,21 +16,24 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
 
-// The variables that turn the test binary into another process on one file.
+// The variables that turn the test binary into another process on one store.
 const (
-	childMode = "LEDGER_TEST_CHILD"
-	childPath = "LEDGER_TEST_PATH"
-	childName = "LEDGER_TEST_NAME"
+	childMode   = "LEDGER_TEST_CHILD"
+	childDriver = "LEDGER_TEST_DRIVER"
+	childPath   = "LEDGER_TEST_PATH"
+	childDSN    = "LEDGER_TEST_DSN"
+	childName   = "LEDGER_TEST_NAME"
 )
 
 func TestMain(m *testing.M) {
+	config := ledger.Config{Driver: os.Getenv(childDriver), Path: os.Getenv(childPath), DSN: os.Getenv(childDSN)}
 	switch os.Getenv(childMode) {
 	case "":
 		goleak.VerifyTestMain(m)
 	case "claim":
-		exitWith(claimAll(os.Getenv(childPath), os.Getenv(childName)))
+		exitWith(claimAll(config, os.Getenv(childName)))
 	case "churn":
-		exitWith(churn(os.Getenv(childPath), os.Getenv(childName)))
+		exitWith(churn(config, os.Getenv(childName)))
 	}
 }
 
@@ -43,12 +45,13 @@ func exitWith(err error) {
 	os.Exit(0)
 }
 
-func child(t *testing.T, mode, path, name string) *exec.Cmd {
+func (s store) child(t *testing.T, mode, name string) *exec.Cmd {
 	t.Helper()
 	exe, err := os.Executable()
 	must(t, err)
 	cmd := exec.CommandContext(t.Context(), exe)
-	cmd.Env = append(os.Environ(), childMode+"="+mode, childPath+"="+path, childName+"="+name)
+	cmd.Env = append(os.Environ(), childMode+"="+mode, childName+"="+name,
+		childDriver+"="+s.config.Driver, childPath+"="+s.config.Path, childDSN+"="+s.config.DSN)
 	cmd.Stderr = os.Stderr
 	return cmd
 }
@@ -57,9 +60,9 @@ const contested = 100
 
 // claimAll claims the same grants as its sibling does, and prints for each what
 // is stored.
-func claimAll(path, name string) error {
+func claimAll(config ledger.Config, name string) error {
 	ctx := context.Background()
-	l, err := ledger.Open(ctx, ledger.Config{Path: path})
+	l, err := ledger.Open(ctx, config)
 	if err != nil {
 		return err
 	}
@@ -75,14 +78,15 @@ func claimAll(path, name string) error {
 	return l.Close()
 }
 
-func TestTwoProcessesAgreeOnEveryClaim(t *testing.T) {
-	t.Parallel()
-	path := filepath.Join(t.TempDir(), "l.db") // The processes also race to create it.
+func TestTwoProcessesAgreeOnEveryClaim(t *testing.T) { both(t, testTwoProcessesAgreeOnEveryClaim) }
+
+// The processes also race to create the store.
+func testTwoProcessesAgreeOnEveryClaim(t *testing.T, s store) {
 	names := []string{"a", "b", "c"}
 	outs := make([]strings.Builder, len(names))
 	var cmds []*exec.Cmd
 	for i, name := range names {
-		cmd := child(t, "claim", path, name)
+		cmd := s.child(t, "claim", name)
 		cmd.Stdout = &outs[i]
 		must(t, cmd.Start())
 		cmds = append(cmds, cmd)
@@ -114,9 +118,9 @@ func TestTwoProcessesAgreeOnEveryClaim(t *testing.T) {
 
 // churn takes grants through their whole life and prints each step after the
 // ledger has confirmed it, until it is killed.
-func churn(path, first string) error {
+func churn(config ledger.Config, first string) error {
 	ctx := context.Background()
-	l, err := ledger.Open(ctx, ledger.Config{Path: path})
+	l, err := ledger.Open(ctx, config)
 	if err != nil {
 		return err
 	}
@@ -154,12 +158,14 @@ func churn(path, first string) error {
 }
 
 func TestKilledProcessLosesNothingConfirmed(t *testing.T) {
-	t.Parallel()
-	path := filepath.Join(t.TempDir(), "l.db")
+	both(t, testKilledProcessLosesNothingConfirmed)
+}
+
+func testKilledProcessLosesNothingConfirmed(t *testing.T, s store) {
 	confirmed := map[string]bool{}
 	next := 0
 	for round := range 6 {
-		cmd := child(t, "churn", path, strconv.Itoa(next))
+		cmd := s.child(t, "churn", strconv.Itoa(next))
 		out, err := cmd.StdoutPipe()
 		must(t, err)
 		must(t, cmd.Start())
@@ -177,13 +183,14 @@ func TestKilledProcessLosesNothingConfirmed(t *testing.T) {
 		next += 1000
 	}
 
-	db := raw(t, path)
-	var verdict string
-	must(t, db.QueryRowContext(t.Context(), "PRAGMA integrity_check").Scan(&verdict))
-	if verdict != "ok" {
-		t.Fatalf("integrity check: %s", verdict)
+	if !s.postgres() {
+		var verdict string
+		must(t, s.raw(t).QueryRowContext(t.Context(), "PRAGMA integrity_check").Scan(&verdict))
+		if verdict != "ok" {
+			t.Fatalf("integrity check: %s", verdict)
+		}
 	}
-	l := open(t, path)
+	l := s.open(t)
 	for line := range confirmed {
 		var what string
 		var i, n int

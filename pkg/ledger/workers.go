@@ -11,10 +11,13 @@ import (
 // no farewell, is forgotten. Nobody asks about one that was silent for so long.
 const forgetWorkers = 24 * time.Hour
 
+// noGrant is what writes that are for no grant are serialised by.
+var noGrant RequestID
+
 // Beat records that a process works for a backend now.
 func (l *Ledger) Beat(ctx context.Context, backend, process string) error {
 	now := time.Now()
-	err := l.update(ctx, func(tx *sql.Tx) error {
+	err := l.update(ctx, noGrant, func(ctx context.Context, tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, `DELETE FROM workers WHERE seen_at < ?`, micros(now.Add(-forgetWorkers))); err != nil {
 			return err
 		}
@@ -30,7 +33,7 @@ func (l *Ledger) Beat(ctx context.Context, backend, process string) error {
 
 // Leave records that a process works no more. It is idempotent.
 func (l *Ledger) Leave(ctx context.Context, backend, process string) error {
-	err := l.update(ctx, func(tx *sql.Tx) error {
+	err := l.update(ctx, noGrant, func(ctx context.Context, tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `DELETE FROM workers WHERE backend = ? AND process = ?`, backend, process)
 		return err
 	})
@@ -43,10 +46,12 @@ func (l *Ledger) Leave(ctx context.Context, backend, process string) error {
 // LastBeat returns when any process last said that it works for a backend, zero
 // if none has, or all have left.
 func (l *Ledger) LastBeat(ctx context.Context, backend string) (time.Time, error) {
-	var last sql.NullInt64
-	err := l.read.QueryRowContext(ctx, `SELECT MAX(seen_at) FROM workers WHERE backend = ?`, backend).Scan(&last)
+	last, err := read(ctx, l, func(ctx context.Context, q querier) (last sql.NullInt64, err error) {
+		err = q.QueryRowContext(ctx, `SELECT MAX(seen_at) FROM workers WHERE backend = ?`, backend).Scan(&last)
+		return last, err
+	})
 	if err != nil {
-		return time.Time{}, fmt.Errorf("read which processes work: %w", l.wrap(ctx, err))
+		return time.Time{}, fmt.Errorf("read which processes work: %w", err)
 	}
 	if !last.Valid {
 		return time.Time{}, nil

@@ -7,9 +7,10 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
 
-func TestWhoWorksIsKnownUntilItLeaves(t *testing.T) {
-	t.Parallel()
-	l, path := fresh(t)
+func TestWhoWorksIsKnownUntilItLeaves(t *testing.T) { both(t, testWhoWorksIsKnownUntilItLeaves) }
+
+func testWhoWorksIsKnownUntilItLeaves(t *testing.T, s store) {
+	l := s.open(t)
 	last := func(backend string) time.Time {
 		t.Helper()
 		at, err := l.LastBeat(t.Context(), backend)
@@ -33,7 +34,7 @@ func TestWhoWorksIsKnownUntilItLeaves(t *testing.T) {
 	must(t, l.Leave(t.Context(), "metal", "a"))
 	must(t, l.Leave(t.Context(), "metal", "a"))
 	// Another process, of the same file, sees the one that is left.
-	other := open(t, path)
+	other := s.open(t)
 	if at, err := other.LastBeat(t.Context(), "metal"); err != nil || at.Before(first) {
 		t.Errorf("after one has left: %v, %v", at, err)
 	}
@@ -44,9 +45,10 @@ func TestWhoWorksIsKnownUntilItLeaves(t *testing.T) {
 }
 
 // An attempt that another process has undone has no instance any more.
-func TestNoInstanceOfAnAttemptThatIsGone(t *testing.T) {
-	t.Parallel()
-	l, _ := fresh(t)
+func TestNoInstanceOfAnAttemptThatIsGone(t *testing.T) { both(t, testNoInstanceOfAnAttemptThatIsGone) }
+
+func testNoInstanceOfAnAttemptThatIsGone(t *testing.T, s store) {
+	l := s.open(t)
 	_, _, err := l.PutClaim(t.Context(), aClaim(1))
 	must(t, err)
 	_, _, err = l.BeginAttempt(t.Context(), id(1), hash("content"), render("a"))

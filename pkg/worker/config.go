@@ -6,6 +6,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/config"
 	"github.com/compute-bridge/compute-bridge/pkg/grpcx"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
 
 // Config is a worker's configuration file. D is the driver's own part.
@@ -32,19 +33,15 @@ type Config[D any] struct {
 	// MetricsAddress serves /metrics over HTTP; empty: nowhere.
 	MetricsAddress string `toml:"metrics_address"`
 
-	Ledger LedgerConfig `toml:"ledger"`
-	Sweep  SweepConfig  `toml:"sweep"`
+	// Ledger is where claims, attempts and compute logs are kept. Replicas share
+	// it.
+	Ledger ledger.Section `toml:"ledger"`
+	Sweep  SweepConfig    `toml:"sweep"`
 
 	grpcx.ServerConfig
 
 	// Backend is the driver's part.
 	Backend D `toml:"backend"`
-}
-
-// LedgerConfig says where the ledger is.
-type LedgerConfig struct {
-	// Path is the SQLite file.
-	Path config.Path `toml:"path"`
 }
 
 // SweepConfig says when what should not exist is deleted.
@@ -83,9 +80,7 @@ func (c Config[D]) Validate() error {
 	if c.SecretFile == "" {
 		p.Add("secret_file", "missing")
 	}
-	if c.Ledger.Path == "" {
-		p.Add("ledger.path", "missing")
-	}
+	p.Join(c.Ledger.Validate("ledger"))
 	if c.Sweep.Interval.Duration <= 0 {
 		p.Add("sweep.interval", "must be positive")
 	}

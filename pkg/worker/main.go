@@ -56,9 +56,9 @@ func Run[D any](ctx context.Context, c Config[D], open Open[D], log *slog.Logger
 	if err != nil {
 		return fmt.Errorf("secret_file: %w", err)
 	}
-	store, err := ledger.Open(ctx, ledger.Config{Path: string(c.Ledger.Path)})
+	store, err := ledger.Open(ctx, c.Ledger.Config())
 	if err != nil {
-		return fmt.Errorf("ledger.path: %w", err)
+		return fmt.Errorf("ledger: %w", err)
 	}
 	defer func() { failure = errors.Join(failure, store.Close()) }()
 

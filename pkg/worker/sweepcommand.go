@@ -7,9 +7,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"log/slog"
-	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -103,11 +101,14 @@ func sweepOnce[D any](ctx context.Context, c Config[D], open Open[D], o SweepOpt
 }
 
 // openExisting opens a ledger that a worker has made.
-func openExisting(ctx context.Context, c LedgerConfig) (*ledger.Ledger, error) {
-	if _, err := os.Stat(string(c.Path)); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("ledger.path: %s is missing: was it moved? A worker that starts makes a new one, and then what runs stays until its own deadline", c.Path)
+func openExisting(ctx context.Context, c ledger.Section) (*ledger.Ledger, error) {
+	existing := c.Config()
+	existing.Existing = true
+	store, err := ledger.Open(ctx, existing)
+	if errors.Is(err, ledger.ErrNotFound) {
+		return nil, fmt.Errorf("ledger: %w: was it moved? A worker that starts makes a new one, and then what runs stays until its own deadline", err)
 	}
-	return ledger.Open(ctx, ledger.Config{Path: string(c.Path)})
+	return store, err
 }
 
 // exitCode is 0 if nothing is left to do that could be seen, 1 if something is

@@ -8,6 +8,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/config"
 	"github.com/compute-bridge/compute-bridge/pkg/grpcx"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/telemetry"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/workers"
 )
@@ -25,19 +26,13 @@ type Config struct {
 	// MetricsAddress serves /metrics over HTTP; empty: nowhere.
 	MetricsAddress string `toml:"metrics_address"`
 
-	// Ledger holds the claims.
-	Ledger LedgerConfig `toml:"ledger"`
+	// Ledger holds the claims. Replicas share it.
+	Ledger ledger.Section `toml:"ledger"`
 
 	grpcx.ServerConfig
 
 	// Backends in the operator's order of preference.
 	Backends []BackendConfig `toml:"backend"`
-}
-
-// LedgerConfig says where the claims are.
-type LedgerConfig struct {
-	// Path is the SQLite file.
-	Path config.Path `toml:"path"`
 }
 
 // BackendConfig is one backend. Limits that are zero have their defaults.
@@ -80,9 +75,7 @@ func (c Config) Validate() error {
 	if _, err := telemetry.NewLogger(io.Discard, telemetry.LogConfig{Level: c.LogLevel}); err != nil {
 		p.Add("log_level", "%q: want debug, info, warn or error", c.LogLevel)
 	}
-	if c.Ledger.Path == "" {
-		p.Add("ledger.path", "missing: the file that remembers which backend has which grant")
-	}
+	p.Join(c.Ledger.Validate("ledger"))
 	p.Join(c.ServerConfig.Validate())
 	if len(c.Backends) == 0 {
 		p.Add("backend", "no [[backend]] section; the router needs at least one")

@@ -56,9 +56,9 @@ func Run(ctx context.Context, c Config, log *slog.Logger, listening func([]net.A
 			failure = errors.Join(failure, exporter.Shutdown(ctx))
 		}()
 	}
-	store, err := ledger.Open(ctx, ledger.Config{Path: string(c.Ledger.Path)})
+	store, err := ledger.Open(ctx, c.Ledger.Config())
 	if err != nil {
-		return fmt.Errorf("ledger.path: %w", err)
+		return fmt.Errorf("ledger: %w", err)
 	}
 	defer func() { failure = errors.Join(failure, store.Close()) }()
 
