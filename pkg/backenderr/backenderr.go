@@ -37,6 +37,9 @@ const (
 	MetaConsole = "console_tail"
 	// MetaLeaked names a resource whose clean-up isn't confirmed.
 	MetaLeaked = "leaked_resource"
+	// MetaRefusedFence says up to which fence a backend refuses the Provision
+	// calls of the grant; see backend.RefusedFence.
+	MetaRefusedFence = "refused_fence"
 )
 
 // MaxConsoleTail is how much of a console an error carries, in bytes: details

@@ -33,6 +33,9 @@ type AttemptParams struct {
 	Params []byte
 	// Placement says where, such as a host or a zone, in the backend's words.
 	Placement string
+	// Fence is that of the call which begins the attempt, 0 for none. It is
+	// checked and not stored.
+	Fence uint64
 }
 
 const attemptColumns = `request_id, attempt, content_hash, params, placement, state, created_at, gone_at`
@@ -69,7 +72,9 @@ func over(ctx context.Context, q querier, id RequestID) (bool, error) {
 //
 // An open attempt with another content hash is [ErrConflict]. The callback runs
 // while the store is locked for writing, so it must neither block nor use the
-// ledger; its error ends the call, unchanged, and nothing is stored.
+// ledger; its error ends the call, unchanged, and nothing is stored. An attempt
+// with a fence that was refused before does not begin; the error is a
+// [FencedError].
 func (l *Ledger) BeginAttempt(ctx context.Context, id RequestID, contentHash [32]byte,
 	render func(number uint32) (AttemptParams, error),
 ) (a Attempt, created bool, err error) {
@@ -102,6 +107,10 @@ func (l *Ledger) BeginAttempt(ctx context.Context, id RequestID, contentHash [32
 		if err != nil {
 			return callerError{err}
 		}
+		if err := fence(ctx, tx, id, params.Fence); err != nil {
+			return err
+		}
+		params.Fence = 0
 		created = true
 		a = Attempt{
 			RequestID: id, Number: number, ContentHash: contentHash, AttemptParams: params, Open: true,

@@ -14,6 +14,12 @@ type Claim struct {
 	RequestID RequestID
 	// Backend is the name of the backend that has the grant.
 	Backend string
+	// Generation numbers the placements of the claim from 1; it never shrinks.
+	// PutClaim takes 0 for 1.
+	Generation uint64
+	// Fence is that of the call for which PutClaim is called, 0 for none. It is
+	// checked and not stored.
+	Fence uint64
 	// ContentHash is the caller's digest of the grant's and envelope's content.
 	ContentHash [32]byte
 	// Owner is the client identity that provisioned.
@@ -35,18 +41,18 @@ type Claim struct {
 }
 
 // claimColumns is the order that scanClaim expects.
-const claimColumns = `request_id, backend, content_hash, owner, valid_to, created_at, record, sealed_key, login_public_key, ended_at`
+const claimColumns = `request_id, backend, content_hash, owner, valid_to, created_at, record, sealed_key, login_public_key, ended_at, generation`
 
 func scanClaim(row scanner) (Claim, error) {
 	var c Claim
-	var validTo, createdAt int64
+	var validTo, createdAt, generation int64
 	var endedAt sql.NullInt64
 	err := row.Scan(scan32{(*[32]byte)(&c.RequestID)}, &c.Backend, scan32{&c.ContentHash}, &c.Owner, &validTo, &createdAt,
-		&c.Record, &c.SealedKey, &c.LoginPublicKey, &endedAt)
+		&c.Record, &c.SealedKey, &c.LoginPublicKey, &endedAt, &generation)
 	if err != nil {
 		return Claim{}, err
 	}
-	c.ValidTo, c.CreatedAt = timeOf(validTo), timeOf(createdAt)
+	c.ValidTo, c.CreatedAt, c.Generation = timeOf(validTo), timeOf(createdAt), uint64(generation) //nolint:gosec // A constraint bounds it.
 	if endedAt.Valid {
 		c.EndedAt = timeOf(endedAt.Int64)
 	}
@@ -66,21 +72,26 @@ func claim(ctx context.Context, q querier, id RequestID) (Claim, error) {
 // PutClaim stores c when the grant has no claim yet, and returns the claim that
 // is stored and whether it is this one. Whatever the stored claim says is what
 // holds: the caller compares its content hash, backend and owner. A claim may
-// be put for a closed grant; [Ledger.BeginAttempt] is what refuses those.
+// be put for a closed grant; [Ledger.BeginAttempt] is what refuses those. A
+// claim for a call that was refused before is not put; the error is a
+// [FencedError].
 func (l *Ledger) PutClaim(ctx context.Context, c Claim) (stored Claim, created bool, err error) {
 	c.CreatedAt = orNow(c.CreatedAt)
 	err = l.update(ctx, c.RequestID, func(ctx context.Context, tx *sql.Tx) error {
+		if err := fence(ctx, tx, c.RequestID, c.Fence); err != nil {
+			return err
+		}
 		var sealed any
 		if c.SealedKey != nil {
 			sealed = c.SealedKey
 		}
 		created, err = changed(tx.ExecContext(ctx, `INSERT INTO claims
-			(request_id, backend, content_hash, owner, valid_to, created_at, record, sealed_key, login_public_key, ended_at)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?,
+			(request_id, backend, content_hash, owner, valid_to, created_at, record, sealed_key, login_public_key, generation, ended_at)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?,
 				(SELECT logged_at FROM compute_logs WHERE request_id = ? AND kind = 'final'))
 			ON CONFLICT (request_id) DO NOTHING`,
 			c.RequestID[:], c.Backend, c.ContentHash[:], c.Owner, micros(c.ValidTo), micros(c.CreatedAt), blob(c.Record),
-			sealed, c.LoginPublicKey, c.RequestID[:]))
+			sealed, c.LoginPublicKey, int64(max(1, c.Generation)), c.RequestID[:])) //nolint:gosec // Far from the limit.
 		if err != nil {
 			return err
 		}
@@ -102,30 +113,54 @@ func (l *Ledger) Claim(ctx context.Context, id RequestID) (Claim, error) {
 	return c, nil
 }
 
-// MoveClaim gives the grant to another backend when it is still with from, by
+// Move is one compare-and-swap of a claim's placement.
+type Move struct {
+	// RequestID is the grant's identity.
+	RequestID RequestID
+	// From and Generation say where the claim must be.
+	From       string
+	Generation uint64
+	// To and Next say where it is afterwards; Next is at least Generation.
+	To   string
+	Next uint64
+	// Fence is that of the call for which the claim moves, 0 for none.
+	Fence uint64
+}
+
+// MoveClaim places the claim anew when it is still where m says, by
 // compare-and-swap. It returns [ErrNotFound] without a claim, [ErrClosed] for a
-// grant that is closed or ended, and [ErrConflict] when the claim is elsewhere,
-// which after an unclear error of an earlier call may be where it should be:
-// the caller reads it again. Only who has confirmed that nothing of the grant
-// exists at from may call it.
-func (l *Ledger) MoveClaim(ctx context.Context, id RequestID, from, to string) error {
-	err := l.update(ctx, id, func(ctx context.Context, tx *sql.Tx) error {
-		ended, err := over(ctx, tx, id)
+// grant that is closed or ended, [FencedError] for a call that was refused
+// before, and [ErrConflict] when the claim is elsewhere, which after an unclear
+// error of an earlier call may be where it should be: the caller reads it
+// again. Only who has confirmed that nothing of the grant exists at m.From may
+// give it to another backend.
+func (l *Ledger) MoveClaim(ctx context.Context, m Move) error {
+	if m.Next < m.Generation || m.Next > maxFence {
+		return fmt.Errorf("move claim: %w: generation %d after %d", ErrConflict, m.Next, m.Generation)
+	}
+	err := l.update(ctx, m.RequestID, func(ctx context.Context, tx *sql.Tx) error {
+		ended, err := over(ctx, tx, m.RequestID)
 		if err != nil {
 			return err
 		}
 		if ended {
 			return ErrClosed
 		}
-		moved, err := changed(tx.ExecContext(ctx, `UPDATE claims SET backend = ? WHERE request_id = ? AND backend = ?`, to, id[:], from))
+		if err := fence(ctx, tx, m.RequestID, m.Fence); err != nil {
+			return err
+		}
+		moved, err := changed(tx.ExecContext(ctx,
+			`UPDATE claims SET backend = ?, generation = ? WHERE request_id = ? AND backend = ? AND generation = ?`,
+			m.To, int64(m.Next), m.RequestID[:], m.From, int64(m.Generation)))
 		if err != nil || moved {
 			return err
 		}
-		c, err := claim(ctx, tx, id)
+		c, err := claim(ctx, tx, m.RequestID)
 		if err != nil {
 			return err
 		}
-		return fmt.Errorf("%w: the claim is with %q, not with %q", ErrConflict, c.Backend, from)
+		return fmt.Errorf("%w: the claim is with %q, generation %d, not with %q, generation %d",
+			ErrConflict, c.Backend, c.Generation, m.From, m.Generation)
 	})
 	if err != nil {
 		return fmt.Errorf("move claim: %w", err)

@@ -8,8 +8,9 @@
 // does not break it either:
 //
 //   - claims: one row per grant, put if absent. Content, owner and record never
-//     change. The backend changes only by compare-and-swap ([Ledger.MoveClaim])
-//     and not after the end. A sealed login key is set at most once, so that a
+//     change. Backend and generation change only by compare-and-swap
+//     ([Ledger.MoveClaim]), the generation never back, and not after the end.
+//     A sealed login key is set at most once, so that a
 //     retried request returns the same key.
 //   - intents: the numbered attempts to create something for a grant, written
 //     before the create call, with the rendered parameters, which never change:
@@ -21,6 +22,8 @@
 //   - compute_logs: an interim log is replaced only by one with a higher
 //     sequence number, and by none once there is a final log. A final log is
 //     put if absent and never changed or removed.
+//   - fences: per grant, up to which fence calls were refused; it only grows.
+//     No claim is put or moved, and no attempt begun, under such a call.
 //   - instances: what the first success of an attempt returned, put if absent,
 //     so that a retry returns the same bytes.
 //   - workers: the processes that work for a backend, and when each last said
@@ -37,8 +40,8 @@
 //
 // # Errors
 //
-// [ErrNotFound], [ErrClosed], [ErrConflict] and [ErrStale] speak about the
-// data. When the caller's context was cancelled the error is
+// [ErrNotFound], [ErrClosed], [ErrConflict], [ErrStale] and [FencedError] speak
+// about the data. When the caller's context was cancelled the error is
 // [context.Canceled]. Everything else, from a locked file or a full disk to a
 // corrupted page, is [ErrUnavailable]: new grants must stop, watching and
 // ending old ones must go on.

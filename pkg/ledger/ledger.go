@@ -193,11 +193,14 @@ func read[T any](ctx context.Context, l *Ledger, fn func(context.Context, querie
 // of this package, and leaves those of this package and of callbacks alone.
 func (l *Ledger) wrap(ctx context.Context, err error) error {
 	var own callerError
+	var fenced FencedError
 	switch {
 	case err == nil:
 		return nil
 	case errors.As(err, &own):
 		return own.err
+	case errors.As(err, &fenced):
+		return err
 	case errors.Is(err, ErrUnavailable), errors.Is(err, ErrNotFound), errors.Is(err, ErrClosed),
 		errors.Is(err, ErrConflict), errors.Is(err, ErrStale):
 		return err

@@ -44,7 +44,7 @@ var deadline = time.Date(2031, 4, 5, 6, 7, 8, 9000, time.UTC)
 
 func aClaim(n int) ledger.Claim {
 	return ledger.Claim{
-		RequestID: id(n), Backend: "metal", ContentHash: hash("content"), Owner: "spiffe://market", ValidTo: deadline,
+		RequestID: id(n), Backend: "metal", Generation: 1, ContentHash: hash("content"), Owner: "spiffe://market", ValidTo: deadline,
 		CreatedAt: deadline.Add(-time.Hour), Record: []byte{0, 1, 2}, LoginPublicKey: "ssh-ed25519 AAAA",
 	}
 }
@@ -140,11 +140,11 @@ func TestClaimMovesByCompareAndSwap(t *testing.T) { both(t, testClaimMovesByComp
 
 func testClaimMovesByCompareAndSwap(t *testing.T, s store) {
 	l := s.open(t)
-	wantErr(t, l.MoveClaim(t.Context(), id(1), "metal", "cloud"), ledger.ErrNotFound)
+	wantErr(t, moveClaim(t, l, id(1), "metal", "cloud"), ledger.ErrNotFound)
 	_, _, err := l.PutClaim(t.Context(), aClaim(1))
 	must(t, err)
-	must(t, l.MoveClaim(t.Context(), id(1), "metal", "cloud"))
-	wantErr(t, l.MoveClaim(t.Context(), id(1), "metal", "other"), ledger.ErrConflict)
+	must(t, moveClaim(t, l, id(1), "metal", "cloud"))
+	wantErr(t, moveClaim(t, l, id(1), "metal", "other"), ledger.ErrConflict)
 	c, err := l.Claim(t.Context(), id(1))
 	must(t, err)
 	if c.Backend != "cloud" {
@@ -152,7 +152,7 @@ func testClaimMovesByCompareAndSwap(t *testing.T, s store) {
 	}
 	_, _, err = l.CloseGrant(t.Context(), ledger.Closure{RequestID: id(1), Reason: "r", By: "b"})
 	must(t, err)
-	wantErr(t, l.MoveClaim(t.Context(), id(1), "cloud", "metal"), ledger.ErrClosed)
+	wantErr(t, moveClaim(t, l, id(1), "cloud", "metal"), ledger.ErrClosed)
 }
 
 func TestSealedKeyIsSetOnce(t *testing.T) { both(t, testSealedKeyIsSetOnce) }
@@ -578,7 +578,7 @@ func testMoveClaimHasOneWinner(t *testing.T, s store) {
 	must(t, err)
 	var winners atomic.Int64
 	race(func(i int) {
-		switch err := l.MoveClaim(t.Context(), id(1), "metal", fmt.Sprint(i)); {
+		switch err := moveClaim(t, l, id(1), "metal", fmt.Sprint(i)); {
 		case err == nil:
 			winners.Add(1)
 		case !errors.Is(err, ledger.ErrConflict):
@@ -624,6 +624,8 @@ func testLawsAreHeldByTheDatabaseItself(t *testing.T, s store) {
 	must(t, err)
 	_, _, err = l.PutFinal(t.Context(), ledger.Log{RequestID: id(1)})
 	must(t, err)
+	_, err = l.RefuseAttempts(t.Context(), id(4), 2)
+	must(t, err)
 
 	db := s.raw(t)
 	h1, h2, h3, h4 := s.bytes(id(1).String()), s.bytes(id(2).String()), s.bytes(id(3).String()), s.bytes(id(4).String())
@@ -642,7 +644,12 @@ func testLawsAreHeldByTheDatabaseItself(t *testing.T, s store) {
 		"UPDATE claims SET sealed_key = NULL WHERE request_id = " + h1,
 		"UPDATE claims SET backend = 'x' WHERE request_id = " + h3,
 		"UPDATE claims SET ended_at = NULL WHERE request_id = " + h3,
-		"INSERT INTO claims SELECT " + some + ", backend, content_hash, owner, 1, 1, " + none + ", NULL, '', NULL FROM claims LIMIT 1",
+		"INSERT INTO claims SELECT " + some + ", backend, content_hash, owner, 1, 1, " + none + ", NULL, '', NULL, 1 FROM claims LIMIT 1",
+		"UPDATE claims SET generation = 0 WHERE request_id = " + h1,
+		"UPDATE fences SET refused = refused - 1",
+		"DELETE FROM fences",
+		"INSERT INTO fences VALUES (" + some + ", 1)",
+		"INSERT INTO fences VALUES (" + h9 + ", 0)",
 		"UPDATE closures SET reason = 'x'",
 		"DELETE FROM closures",
 		"UPDATE intents SET state = 'open', gone_at = NULL WHERE attempt = 1",
@@ -666,7 +673,7 @@ func testLawsAreHeldByTheDatabaseItself(t *testing.T, s store) {
 		"UPDATE instances SET body = " + some,
 	}
 	if s.postgres() {
-		statements = append(statements, "TRUNCATE closures", "TRUNCATE intents", "TRUNCATE compute_logs",
+		statements = append(statements, "TRUNCATE closures", "TRUNCATE intents", "TRUNCATE compute_logs", "TRUNCATE fences",
 			// An old snapshot doesn't see a closure that was written meanwhile.
 			"BEGIN ISOLATION LEVEL SERIALIZABLE; "+intent(h9, 1, "open"))
 	}

@@ -52,7 +52,7 @@ func (s *Store) Get(ctx context.Context, id backend.GrantID) (fleet.Claim, error
 // read adds to a stored claim whether the grant is closed. Reading the closure
 // after the claim errs on the side of closed.
 func (s *Store) read(ctx context.Context, c ledger.Claim) (fleet.Claim, error) {
-	claim := fleet.Claim{GrantID: backend.GrantID(c.RequestID), Owner: c.Owner, Content: c.ContentHash, ValidTo: c.ValidTo}
+	claim := fleet.Claim{GrantID: backend.GrantID(c.RequestID), Owner: c.Owner, Content: c.ContentHash, ValidTo: c.ValidTo, Generation: c.Generation}
 	claim.Backend, claim.Leaving = strings.CutSuffix(c.Backend, leavingMark)
 	_, err := s.ledger.Closure(ctx, c.RequestID)
 	switch {
@@ -65,37 +65,64 @@ func (s *Store) read(ctx context.Context, c ledger.Claim) (fleet.Claim, error) {
 }
 
 // Put implements [fleet.Claims].
-func (s *Store) Put(ctx context.Context, c fleet.Claim) (fleet.Claim, bool, error) {
+func (s *Store) Put(ctx context.Context, c fleet.Claim, fence uint64) (fleet.Claim, bool, error) {
 	stored, created, err := s.ledger.PutClaim(ctx, ledger.Claim{
 		RequestID: ledger.RequestID(c.GrantID), Backend: c.Backend, Owner: c.Owner, ContentHash: c.Content, ValidTo: c.ValidTo,
+		Generation: 1, Fence: fence,
 	})
 	if err != nil {
-		return fleet.Claim{}, false, err
+		return fleet.Claim{}, false, refusedError(err)
 	}
 	claim, err := s.read(ctx, stored)
 	return claim, created, err
 }
 
 // Leave implements [fleet.Claims].
-func (s *Store) Leave(ctx context.Context, id backend.GrantID, from string) (fleet.Claim, error) {
-	return s.move(ctx, id, from, from+leavingMark)
+func (s *Store) Leave(ctx context.Context, was fleet.Claim) (fleet.Claim, error) {
+	claim, _, err := s.move(ctx, ledger.Move{
+		RequestID: ledger.RequestID(was.GrantID), From: was.Backend, Generation: was.Generation,
+		To: was.Backend + leavingMark, Next: was.Generation,
+	})
+	return claim, err
 }
 
 // Move implements [fleet.Claims].
-func (s *Store) Move(ctx context.Context, was fleet.Claim, to string) (fleet.Claim, error) {
-	from := was.Backend
-	if was.Leaving {
-		from += leavingMark
-	}
-	return s.move(ctx, was.GrantID, from, to)
+func (s *Store) Move(ctx context.Context, was fleet.Claim, to string, above, fence uint64) (fleet.Claim, bool, error) {
+	return s.move(ctx, ledger.Move{
+		RequestID: ledger.RequestID(was.GrantID), From: placeOf(was), Generation: was.Generation,
+		To: to, Next: max(was.Generation, above) + 1, Fence: fence,
+	})
 }
 
-func (s *Store) move(ctx context.Context, id backend.GrantID, from, to string) (fleet.Claim, error) {
-	err := s.ledger.MoveClaim(ctx, ledger.RequestID(id), from, to)
-	if err != nil && !errors.Is(err, ledger.ErrConflict) && !errors.Is(err, ledger.ErrClosed) {
-		return fleet.Claim{}, err
+// placeOf is how a claim's place is stored.
+func placeOf(c fleet.Claim) string {
+	if c.Leaving {
+		return c.Backend + leavingMark
 	}
-	return s.Get(ctx, id)
+	return c.Backend
+}
+
+func (s *Store) move(ctx context.Context, m ledger.Move) (fleet.Claim, bool, error) {
+	err := s.ledger.MoveClaim(ctx, m)
+	if err != nil && !errors.Is(err, ledger.ErrConflict) && !errors.Is(err, ledger.ErrClosed) {
+		return fleet.Claim{}, false, refusedError(err)
+	}
+	claim, readErr := s.Get(ctx, backend.GrantID(m.RequestID))
+	return claim, err == nil, readErr
+}
+
+// Refuse implements [fleet.Claims].
+func (s *Store) Refuse(ctx context.Context, at fleet.Claim, fence uint64) (uint64, error) {
+	return s.ledger.RefuseClaims(ctx, ledger.RequestID(at.GrantID), fence, placeOf(at), at.Generation)
+}
+
+// refusedError says in the fleet's words that a call came too late.
+func refusedError(err error) error {
+	var fenced ledger.FencedError
+	if errors.As(err, &fenced) {
+		return fmt.Errorf("%w: %w", &fleet.RefusedError{Fence: fenced.Refused}, err)
+	}
+	return err
 }
 
 // Close implements [fleet.Claims].

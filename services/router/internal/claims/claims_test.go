@@ -35,8 +35,10 @@ func open(t *testing.T, path string) (*claims.Store, *ledger.Ledger) {
 
 var id = backend.GrantID{1}
 
-func claimOf(name string) fleet.Claim {
-	return fleet.Claim{GrantID: id, Backend: name, Owner: "alice", Content: [32]byte{2}, ValidTo: time.Unix(2_000_000_000, 0).UTC()}
+func claimOf(name string, generation uint64) fleet.Claim {
+	return fleet.Claim{
+		GrantID: id, Backend: name, Generation: generation, Owner: "alice", Content: [32]byte{2}, ValidTo: time.Unix(2_000_000_000, 0).UTC(),
+	}
 }
 
 func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) {
@@ -48,50 +50,56 @@ func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) {
 			t.Fatalf("%s: %v (-want +got):\n%s", step, err, diff)
 		}
 	}
+	move := func(step string, was fleet.Claim, to string, above uint64, wanted fleet.Claim, wantMoved bool) {
+		t.Helper()
+		got, moved, err := s.Move(ctx, was, to, above, 0)
+		want(step, got, err, wanted)
+		if moved != wantMoved {
+			t.Errorf("%s: moved is %t", step, moved)
+		}
+	}
 	got, err := s.Get(ctx, id)
 	want("nothing yet", got, err, fleet.Claim{GrantID: id})
-	got, created, err := s.Put(ctx, claimOf("a"))
-	want("put", got, err, claimOf("a"))
+	got, created, err := s.Put(ctx, claimOf("a", 0), 0)
+	want("put", got, err, claimOf("a", 1))
 	if !created {
 		t.Error("the first put created nothing")
 	}
-	other := claimOf("b")
+	other := claimOf("b", 0)
 	other.Owner = "bob"
-	got, created, err = s.Put(ctx, other)
-	want("put again", got, err, claimOf("a"))
+	got, created, err = s.Put(ctx, other, 0)
+	want("put again", got, err, claimOf("a", 1))
 	if created {
 		t.Error("the second put created a claim")
 	}
-	got, err = s.Move(ctx, claimOf("b"), "c")
-	want("move from elsewhere", got, err, claimOf("a"))
-	got, err = s.Leave(ctx, id, "b")
-	want("leave elsewhere", got, err, claimOf("a"))
-	leaving := claimOf("a")
+	move("move from elsewhere", claimOf("b", 1), "c", 0, claimOf("a", 1), false)
+	move("move from another generation", claimOf("a", 2), "c", 0, claimOf("a", 1), false)
+	got, err = s.Leave(ctx, claimOf("b", 1))
+	want("leave elsewhere", got, err, claimOf("a", 1))
+	got, err = s.Leave(ctx, claimOf("a", 2))
+	want("leave another generation", got, err, claimOf("a", 1))
+	leaving := claimOf("a", 1)
 	leaving.Leaving = true
-	got, err = s.Move(ctx, leaving, "c")
-	want("move what is not leaving", got, err, claimOf("a"))
+	move("move what is not leaving", leaving, "c", 0, claimOf("a", 1), false)
 	for range 2 {
-		got, err = s.Leave(ctx, id, "a")
+		got, err = s.Leave(ctx, claimOf("a", 1))
 		want("leave", got, err, leaving)
 	}
 	got, err = s.Get(ctx, id)
 	want("get while leaving", got, err, leaving)
-	got, err = s.Move(ctx, claimOf("a"), "c")
-	want("move by one who has not seen it leave", got, err, leaving)
-	got, err = s.Move(ctx, leaving, "a")
-	want("move after leaving", got, err, claimOf("a"))
-	got, err = s.Move(ctx, claimOf("a"), "b")
-	want("move", got, err, claimOf("b"))
+	move("move by one who has not seen it leave", claimOf("a", 1), "c", 0, leaving, false)
+	move("move after leaving", leaving, "a", 0, claimOf("a", 2), true)
+	move("stay, in another generation", claimOf("a", 2), "a", 6, claimOf("a", 7), true)
+	move("move", claimOf("a", 7), "b", 3, claimOf("b", 8), true)
 	for range 2 {
 		if err := s.Close(ctx, id, "alice"); err != nil {
 			t.Fatal(err)
 		}
 	}
-	closed := claimOf("b")
+	closed := claimOf("b", 8)
 	closed.Closed = true
-	got, err = s.Move(ctx, claimOf("b"), "c")
-	want("move when closed", got, err, closed)
-	got, err = s.Leave(ctx, id, "b")
+	move("move when closed", claimOf("b", 8), "c", 0, closed, false)
+	got, err = s.Leave(ctx, claimOf("b", 8))
 	want("leave when closed", got, err, closed)
 	got, err = s.Get(ctx, id)
 	want("get when closed", got, err, closed)
@@ -100,6 +108,42 @@ func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) {
 	}
 	got, err = s.Get(ctx, backend.GrantID{9})
 	want("closed and never seen", got, err, fleet.Claim{GrantID: backend.GrantID{9}, Closed: true})
+}
+
+func TestACallThatWasRefusedNeitherPutsNorMovesAClaim(t *testing.T) {
+	s, _ := open(t, filepath.Join(t.TempDir(), "router.db"))
+	ctx := t.Context()
+	late := func(err error, fence uint64) {
+		t.Helper()
+		var refused *fleet.RefusedError
+		if !errors.As(err, &refused) || refused.Fence != fence {
+			t.Errorf("error %v, want that fence %d was refused", err, fence)
+		}
+	}
+	if n, err := s.Refuse(ctx, fleet.Claim{GrantID: id}, 4); n != 4 || err != nil {
+		t.Fatalf("Refuse: %d, %v", n, err)
+	}
+	_, _, err := s.Put(ctx, claimOf("a", 0), 4)
+	late(err, 4)
+	if _, created, err := s.Put(ctx, claimOf("a", 0), 5); !created || err != nil {
+		t.Fatalf("a later call: %t, %v", created, err)
+	}
+	if _, err := s.Refuse(ctx, fleet.Claim{GrantID: id}, 5); !errors.Is(err, ledger.ErrConflict) {
+		t.Errorf("refused although there is a claim: %v", err)
+	}
+	leaving := claimOf("a", 1)
+	leaving.Leaving = true
+	if _, err := s.Refuse(ctx, leaving, 5); !errors.Is(err, ledger.ErrConflict) {
+		t.Errorf("refused although the claim is not leaving: %v", err)
+	}
+	if n, err := s.Refuse(ctx, claimOf("a", 1), 5); n != 5 || err != nil {
+		t.Fatalf("Refuse: %d, %v", n, err)
+	}
+	_, _, err = s.Move(ctx, claimOf("a", 1), "b", 0, 5)
+	late(err, 5)
+	if _, moved, err := s.Move(ctx, claimOf("a", 1), "b", 0, 6); !moved || err != nil {
+		t.Fatalf("a later call: %t, %v", moved, err)
+	}
 }
 
 func TestOneOfManyRoutersClaims(t *testing.T) {
@@ -113,7 +157,7 @@ func TestOneOfManyRoutersClaims(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range routers {
 		wg.Go(func() {
-			c, created, err := stores[i%2].Put(t.Context(), claimOf(string(rune('a'+i))))
+			c, created, err := stores[i%2].Put(t.Context(), claimOf(string(rune('a'+i)), 0), 0)
 			if err != nil {
 				t.Error(err)
 			}
@@ -141,11 +185,12 @@ func TestALedgerThatIsGoneIsAnError(t *testing.T) {
 		t.Fatal(err)
 	}
 	calls := map[string]func(context.Context) error{
-		"get":   func(ctx context.Context) error { _, err := s.Get(ctx, id); return err },
-		"put":   func(ctx context.Context) error { _, _, err := s.Put(ctx, claimOf("a")); return err },
-		"move":  func(ctx context.Context) error { _, err := s.Move(ctx, claimOf("a"), "b"); return err },
-		"leave": func(ctx context.Context) error { _, err := s.Leave(ctx, id, "a"); return err },
-		"close": func(ctx context.Context) error { return s.Close(ctx, id, "alice") },
+		"get":    func(ctx context.Context) error { _, err := s.Get(ctx, id); return err },
+		"put":    func(ctx context.Context) error { _, _, err := s.Put(ctx, claimOf("a", 0), 0); return err },
+		"move":   func(ctx context.Context) error { _, _, err := s.Move(ctx, claimOf("a", 1), "b", 0, 0); return err },
+		"leave":  func(ctx context.Context) error { _, err := s.Leave(ctx, claimOf("a", 1)); return err },
+		"refuse": func(ctx context.Context) error { _, err := s.Refuse(ctx, claimOf("a", 1), 1); return err },
+		"close":  func(ctx context.Context) error { return s.Close(ctx, id, "alice") },
 	}
 	for name, call := range calls {
 		if err := call(t.Context()); !errors.Is(err, ledger.ErrUnavailable) {

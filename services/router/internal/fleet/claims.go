@@ -15,6 +15,10 @@ type Claim struct {
 	GrantID backend.GrantID
 	// Backend is the member that has the grant, "" if there is no claim.
 	Backend string
+	// Generation numbers the placements of the claim: it grows whenever the claim
+	// goes to a backend, be it again to the same one. It is the fence of the calls
+	// that are made under the placement; 0 if there is no claim.
+	Generation uint64
 	// Leaving says that a router has given up an unclear attempt at Backend:
 	// the grant is ended there, or about to be, and goes to another member once
 	// that is confirmed.
@@ -32,26 +36,48 @@ type Claim struct {
 
 // Claims stores claims. It is shared by all routers that serve the same grants,
 // and survives them. Implementations are safe for concurrent use.
+//
+// The fence of a method is that of the call for which it is called, 0 for none.
+// A call that was refused before gets a [RefusedError] and changes nothing.
 type Claims interface {
 	// Get returns what is stored of a grant; Backend is empty if it has no
 	// claim.
 	Get(ctx context.Context, id backend.GrantID) (Claim, error)
 
-	// Put stores the claim if the grant has none yet. It returns what is stored
-	// then, which may be another's, and whether this call stored it.
-	Put(ctx context.Context, c Claim) (stored Claim, created bool, err error)
+	// Put stores the claim, at generation 1, if the grant has none yet. It
+	// returns what is stored then, which may be another's, and whether this call
+	// stored it.
+	Put(ctx context.Context, c Claim, fence uint64) (stored Claim, created bool, err error)
 
-	// Leave marks the claim as Leaving if it is still with from and not closed,
-	// and returns what is stored then.
-	Leave(ctx context.Context, id backend.GrantID, from string) (Claim, error)
+	// Leave marks the claim as Leaving if it is still where was says, in the same
+	// generation, and not closed, and returns what is stored then.
+	Leave(ctx context.Context, was Claim) (Claim, error)
 
-	// Move gives the grant to another backend if it is still where was says,
-	// Leaving or not as was says, and not closed. It returns what is stored
-	// then.
-	Move(ctx context.Context, was Claim, to string) (Claim, error)
+	// Move gives the grant to a backend, another or the same, if the claim is
+	// still where was says, in the same generation, Leaving or not as was says,
+	// and not closed. The new generation is above was's and above the given one.
+	// Move returns what is stored then and whether this call stored it.
+	Move(ctx context.Context, was Claim, to string, above, fence uint64) (stored Claim, moved bool, err error)
+
+	// Refuse records that calls up to fence are refused for good, if the claim is
+	// still as at says, or missing if at.Backend is empty. It returns the highest
+	// fence that is refused. The caller knows that nothing exists under at and
+	// that nothing more is made under it.
+	Refuse(ctx context.Context, at Claim, fence uint64) (refused uint64, err error)
 
 	// Close records that the grant is over. It is idempotent.
 	Close(ctx context.Context, id backend.GrantID, by string) error
+}
+
+// RefusedError says that calls with the fence of this one were refused before.
+type RefusedError struct {
+	// Fence is the highest that was refused.
+	Fence uint64
+}
+
+// Error implements error.
+func (e *RefusedError) Error() string {
+	return fmt.Sprintf("calls up to fence %d were refused before", e.Fence)
 }
 
 // contentDomain separates this hash from all others.

@@ -56,16 +56,19 @@ type fake struct {
 	endErr   error
 	ending   int // how often Terminate answers TERMINATING
 	held     map[backend.GrantID]bool
+	refused  map[backend.GrantID]uint64 // fences, as a worker records them
 	ended    map[backend.GrantID]bool
 	observed fleet.Observation
 	callers  []backend.Caller
+	fences   []uint64 // of the calls of Provision
+	forgets  bool     // what it has refused
 	event    []backend.Event
 	watchErr error
 }
 
 func newFake(w *world, name string) *fake {
 	return &fake{
-		name: name, world: w, held: map[backend.GrantID]bool{}, ended: map[backend.GrantID]bool{},
+		name: name, world: w, held: map[backend.GrantID]bool{}, refused: map[backend.GrantID]uint64{}, ended: map[backend.GrantID]bool{},
 		observed: fleet.Observation{
 			LastSeen: time.Unix(1, 0),
 			Capabilities: backend.Capabilities{Backend: name, Regions: []backend.RegionCapabilities{{
@@ -122,6 +125,11 @@ func (f *fake) Provision(ctx context.Context, grant backend.Grant, _ backend.Env
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.note(ctx, "Provision")
+	fence := backend.FenceFrom(ctx)
+	f.fences = append(f.fences, fence)
+	if fence != 0 && fence <= f.refused[grant.ID] && !f.forgets {
+		return backend.Provisioned{}, f.refuse(grant.ID, fence, backenderr.New(backenderr.OperationInProgress, "too late").WithCreated(backenderr.CreatedNone))
+	}
 	var o outcome
 	switch {
 	case len(f.script) > 0:
@@ -139,18 +147,30 @@ func (f *fake) Provision(ctx context.Context, grant backend.Grant, _ backend.Env
 		f.mu.Lock()
 	}
 	if f.ended[grant.ID] {
-		return backend.Provisioned{}, backenderr.New(backenderr.GrantEnded, "ended here").WithCreated(backenderr.CreatedNone)
+		return backend.Provisioned{}, f.refuse(grant.ID, fence, backenderr.New(backenderr.GrantEnded, "ended here").WithCreated(backenderr.CreatedNone))
 	}
 	if (o.err == nil || o.made) && !f.held[grant.ID] {
 		f.held[grant.ID] = true
 		f.world.add(grant.ID, 1)
 	}
 	if o.err != nil {
-		return backend.Provisioned{}, o.err
+		return backend.Provisioned{}, f.refuse(grant.ID, fence, o.err)
 	}
 	return backend.Provisioned{Instance: backend.Instance{
 		Handle: backend.HandleFor(grant.ID), GrantID: grant.ID, Backend: f.name, State: backend.StateReady,
 	}, Receipt: backend.Receipt{Host: f.name, GrantID: grant.ID}}, nil
+}
+
+// refuse records a refusal, as a backend must before it says that nothing
+// exists, unless it is one of those at the door, where nothing can be recorded.
+func (f *fake) refuse(id backend.GrantID, fence uint64, err error) error {
+	door := backenderr.Is(err, backenderr.CallerUnauthenticated, backenderr.CallerDenied, backenderr.HopLimitExceeded,
+		backenderr.RequestInvalid, backenderr.Unimplemented)
+	if fence == 0 || door || backenderr.CreatedOf(err) != backenderr.CreatedNone {
+		return err
+	}
+	f.refused[id] = max(f.refused[id], fence)
+	return backend.WithRefusedFence(backenderr.From(err).Clone(), f.refused[id])
 }
 
 func (f *fake) WatchUntilExit(ctx context.Context, handle backend.Handle, emit func(backend.Event) error) error {
@@ -203,16 +223,17 @@ func (f *fake) member() fleet.Member {
 
 // memory is a claim store in memory.
 type memory struct {
-	mu     sync.Mutex
-	claims map[backend.GrantID]fleet.Claim
-	closed map[backend.GrantID]bool
-	fail   error
+	mu      sync.Mutex
+	claims  map[backend.GrantID]fleet.Claim
+	closed  map[backend.GrantID]bool
+	refused map[backend.GrantID]uint64
+	fail    error
 	// beforeMove, if set, runs before each Move, without the lock.
 	beforeMove func()
 }
 
 func newMemory() *memory {
-	return &memory{claims: map[backend.GrantID]fleet.Claim{}, closed: map[backend.GrantID]bool{}}
+	return &memory{claims: map[backend.GrantID]fleet.Claim{}, closed: map[backend.GrantID]bool{}, refused: map[backend.GrantID]uint64{}}
 }
 
 func (m *memory) read(id backend.GrantID) fleet.Claim {
@@ -227,50 +248,82 @@ func (m *memory) Get(_ context.Context, id backend.GrantID) (fleet.Claim, error)
 	return m.read(id), m.fail
 }
 
-func (m *memory) Put(_ context.Context, c fleet.Claim) (fleet.Claim, bool, error) {
+// late says whether a call was refused before. The lock is held.
+func (m *memory) late(id backend.GrantID, fence uint64) error {
+	if fence != 0 && fence <= m.refused[id] {
+		return &fleet.RefusedError{Fence: m.refused[id]}
+	}
+	return m.fail
+}
+
+func (m *memory) Put(_ context.Context, c fleet.Claim, fence uint64) (fleet.Claim, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.fail != nil {
-		return fleet.Claim{}, false, m.fail
+	if err := m.late(c.GrantID, fence); err != nil {
+		return fleet.Claim{}, false, err
 	}
 	if m.claims[c.GrantID].Backend != "" {
 		return m.read(c.GrantID), false, nil
 	}
+	c.Generation = 1
 	m.claims[c.GrantID] = c
 	return m.read(c.GrantID), true, nil
 }
 
-func (m *memory) Leave(_ context.Context, id backend.GrantID, from string) (fleet.Claim, error) {
-	return m.change(id, func(c *fleet.Claim) { c.Leaving = c.Leaving || c.Backend == from })
+func (m *memory) Leave(_ context.Context, was fleet.Claim) (fleet.Claim, error) {
+	c, _, err := m.change(was, 0, func(c *fleet.Claim) { c.Leaving = true })
+	return c, err
 }
 
-func (m *memory) Move(_ context.Context, was fleet.Claim, to string) (fleet.Claim, error) {
+func (m *memory) Move(_ context.Context, was fleet.Claim, to string, above, fence uint64) (fleet.Claim, bool, error) {
 	if m.beforeMove != nil {
 		m.beforeMove()
 	}
-	return m.move(was, to)
-}
-
-func (m *memory) move(was fleet.Claim, to string) (fleet.Claim, error) {
-	return m.change(was.GrantID, func(c *fleet.Claim) {
-		if c.Backend == was.Backend && c.Leaving == was.Leaving {
-			c.Backend, c.Leaving = to, false
-		}
+	return m.change(was, fence, func(c *fleet.Claim) {
+		c.Backend, c.Leaving, c.Generation = to, false, max(c.Generation, above)+1
 	})
 }
 
-// change changes a claim unless its grant is closed.
-func (m *memory) change(id backend.GrantID, change func(*fleet.Claim)) (fleet.Claim, error) {
+// steal moves the grant, wherever it is, as another router might.
+func (m *memory) steal(t *testing.T, id backend.GrantID, to string) {
+	t.Helper()
+	was, err := m.Get(t.Context(), id)
+	if err != nil {
+		t.Error(err)
+	}
+	_, moved, err := m.change(was, 0, func(c *fleet.Claim) { c.Backend, c.Leaving, c.Generation = to, false, c.Generation+1 })
+	if err != nil || !moved {
+		t.Errorf("the claim %+v did not move: %v", was, err)
+	}
+}
+
+// change changes a claim if it is as it was, unless its grant is closed.
+func (m *memory) change(was fleet.Claim, fence uint64, change func(*fleet.Claim)) (fleet.Claim, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.fail != nil {
-		return fleet.Claim{}, m.fail
+	if err := m.late(was.GrantID, fence); err != nil {
+		return fleet.Claim{}, false, err
 	}
-	if c := m.claims[id]; c.Backend != "" && !m.closed[id] {
+	c := m.claims[was.GrantID]
+	as := c.Backend == was.Backend && c.Generation == was.Generation && c.Leaving == was.Leaving
+	if as && c.Backend != "" && !m.closed[was.GrantID] {
 		change(&c)
-		m.claims[id] = c
+		m.claims[was.GrantID] = c
+		return m.read(was.GrantID), true, nil
 	}
-	return m.read(id), nil
+	return m.read(was.GrantID), false, nil
+}
+
+func (m *memory) Refuse(_ context.Context, at fleet.Claim, fence uint64) (uint64, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if c := m.claims[at.GrantID]; c.Backend != at.Backend || c.Generation != at.Generation || c.Leaving != at.Leaving {
+		return 0, fmt.Errorf("the claim is %+v, not %+v", c, at)
+	}
+	if m.fail == nil {
+		m.refused[at.GrantID] = max(m.refused[at.GrantID], fence)
+	}
+	return m.refused[at.GrantID], m.fail
 }
 
 func (m *memory) Close(_ context.Context, id backend.GrantID, _ string) error {
@@ -313,6 +366,25 @@ func (b *bridge) router(t *testing.T, strict bool) *fleet.Fleet {
 	c := fleet.Config{Name: "bridge", Claims: b.claims, StrictFirstMatch: strict, Log: slog.New(slog.DiscardHandler)}
 	for _, f := range b.fakes {
 		c.Members = append(c.Members, f.member())
+	}
+	made, err := fleet.New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made
+}
+
+// over makes one more fleet over the same fakes and claims, some of which it
+// reaches in another way.
+func (b *bridge) over(t *testing.T, ways map[string]backend.Backend) *fleet.Fleet {
+	t.Helper()
+	c := fleet.Config{Name: "bridge", Claims: b.claims, Log: slog.New(slog.DiscardHandler)}
+	for _, f := range b.fakes {
+		m := f.member()
+		if way := ways[f.name]; way != nil {
+			m.Backend = way
+		}
+		c.Members = append(c.Members, m)
 	}
 	made, err := fleet.New(c)
 	if err != nil {

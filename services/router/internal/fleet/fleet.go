@@ -11,6 +11,10 @@
 // member that has the claim and can't be reached means that the caller has to
 // wait, never that another member is tried.
 //
+// Each placement of a claim has a number, and a member that refuses a call made
+// under it records that it refuses all of them: the call of another router that
+// read the claim before it moved, and arrives after, makes nothing.
+//
 // A fleet may be the member of another one. Every fleet that can choose between
 // members keeps claims, nested ones too: the claim of the outer one names the
 // inner fleet as a whole, and only the inner one knows which of its own members
@@ -157,13 +161,45 @@ func (f *Fleet) Provision(ctx context.Context, grant backend.Grant, envelope bac
 	if err := checkHops(ctx); err != nil {
 		return backend.Provisioned{}, err
 	}
+	fence := backend.FenceFrom(ctx)
 	search := f.search(grant.WithRegionHint(envelope.RegionHint))
 	defer search.stop()
+	provisioned, err := f.provision(backend.WithFence(ctx, 0), grant, envelope, fence, search)
+	if err != nil {
+		return backend.Provisioned{}, f.refusal(ctx, grant.ID, err, fence, search.nothing)
+	}
+	return provisioned, nil
+}
+
+// refusal makes the answer of a failure: with created=none it is recorded first
+// that calls up to this one's fence are refused, so that none that is still on
+// its way, to whatever router of these claims, makes anything later. nothing is
+// the claim at which that is certain.
+func (f *Fleet) refusal(ctx context.Context, id backend.GrantID, failure error, fence uint64, nothing *Claim) error {
+	var late *RefusedError
+	if errors.As(failure, &late) {
+		return backend.WithRefusedFence(backenderr.From(failure).Clone(), late.Fence)
+	}
+	// What a member said of fences was about ours.
+	e := backend.WithoutRefusedFence(backenderr.From(failure))
+	if fence == 0 || nothing == nil || e.Created != backenderr.CreatedNone {
+		return e
+	}
+	refused, err := f.claims.Refuse(ctx, *nothing, fence)
+	if err != nil {
+		f.log.WarnContext(ctx, "Could not record a refusal", "grant_id", id.String(), "fence", fence, "error", err)
+		return e.Clone().WithCreated(backenderr.CreatedUnknown)
+	}
+	return backend.WithRefusedFence(e.Clone(), refused)
+}
+
+// provision is Provision for a call with a fence, 0 for none.
+func (f *Fleet) provision(ctx context.Context, grant backend.Grant, envelope backend.Envelope, fence uint64, search *search) (backend.Provisioned, error) {
 	want := Claim{
 		GrantID: grant.ID, Owner: backend.CallerFrom(ctx).Identity,
 		Content: Content(grant, envelope), ValidTo: grant.ValidTo,
 	}
-	claim, err := f.claim(ctx, want, search, func() error {
+	claim, err := f.claim(ctx, want, fence, search, func() error {
 		return backend.Validate(grant, envelope, time.Now(), math.MaxInt64)
 	})
 	if err != nil {
@@ -181,38 +217,69 @@ func (f *Fleet) Provision(ctx context.Context, grant backend.Grant, envelope bac
 		}
 		search.passed[m.Name] = true
 		if claim.Leaving {
-			if claim, err = f.finishLeaving(ctx, m, claim, search); err != nil {
+			if claim, err = f.finishLeaving(ctx, m, claim, fence, search); err != nil {
 				return backend.Provisioned{}, err
 			}
 			continue
 		}
-		provisioned, err := f.attempt(ctx, m, grant, envelope, search)
-		if err == nil {
+		a, err := f.attempt(ctx, m, claim, grant, envelope, fence, search)
+		if err != nil {
+			return backend.Provisioned{}, err
+		}
+		claim = a.claim
+		switch {
+		case a.moved:
+			continue
+		case a.failure == nil:
 			search.ours = false
 			if claim, err = f.settle(ctx, m, claim); err != nil || holds(claim, m) {
-				return provisioned, err
+				return a.provisioned, err
 			}
 			continue
+		case backenderr.Is(a.failure, backenderr.GrantEnded):
+			// Perhaps it was only ended there, by a router that has moved it since.
+			now, err := f.claims.Get(ctx, claim.GrantID)
+			if err != nil {
+				return backend.Provisioned{}, ledgerError(err)
+			}
+			if now.Backend != claim.Backend || now.Generation != claim.Generation || now.Leaving {
+				claim, search.ours = now, false
+				continue
+			}
 		}
-		if claim, err = f.moveOn(ctx, m, claim, err, search); err != nil {
+		if certain(a.failure, claim) {
+			search.nothing = &a.claim
+		}
+		if claim, err = f.moveOn(ctx, m, claim, a.failure, fence, search); err != nil {
 			return backend.Provisioned{}, err
 		}
 	}
 	return backend.Provisioned{}, backenderr.New(backenderr.OperationInProgress, "other routers keep moving the grant").WithRetryAfter(time.Second)
 }
 
+// certain reports whether a member's failure says that nothing exists under the
+// claim and, because the member has recorded the refusal, that nothing will:
+// not by a call either that another router has made and that is on its way.
+func certain(failure error, claim Claim) bool {
+	return backenderr.CreatedOf(failure) == backenderr.CreatedNone && backend.RefusedFence(failure) >= claim.Generation
+}
+
 // claim returns the grant's claim: the one that is stored, or else a new one
 // for the first member that satisfies it. A grant that isn't valid gets none, so
 // that it may be sent again corrected.
-func (f *Fleet) claim(ctx context.Context, want Claim, search *search, validate func() error) (Claim, error) {
+func (f *Fleet) claim(ctx context.Context, want Claim, fence uint64, search *search, validate func() error) (Claim, error) {
 	claim, err := f.claims.Get(ctx, want.GrantID)
 	if err != nil {
 		return Claim{}, ledgerError(err)
 	}
 	if claim.Backend != "" || claim.Closed {
 		search.inherited = claim.Backend
+		if claim.Backend == "" {
+			search.nothing = &claim
+		}
 		return claim, nil
 	}
+	search.nothing = &claim
 	if err := validate(); err != nil {
 		return Claim{}, err
 	}
@@ -223,8 +290,8 @@ func (f *Fleet) claim(ctx context.Context, want Claim, search *search, validate 
 	if first == nil {
 		return Claim{}, search.failure()
 	}
-	want.Backend = first.Name
-	claim, created, err := f.claims.Put(ctx, want)
+	want.Backend, search.nothing = first.Name, nil
+	claim, created, err := f.claims.Put(ctx, want, fence)
 	switch {
 	case err != nil:
 		return Claim{}, ledgerError(err)
@@ -255,18 +322,37 @@ func permits(ctx context.Context, claim, want Claim) error {
 	return nil
 }
 
+// attempted is how an attempt at one member ended.
+type attempted struct {
+	provisioned backend.Provisioned
+	// failure is the member's, nil if it provisioned.
+	failure error
+	// claim under which it was asked last.
+	claim Claim
+	// moved says that another router has moved claim meanwhile, to what it is
+	// now.
+	moved bool
+}
+
 // attempt provisions at one member. While the outcome is in doubt it asks the
-// same member again, a bounded number of times: Provision is idempotent.
-func (f *Fleet) attempt(ctx context.Context, m *Member, grant backend.Grant, envelope backend.Envelope, search *search) (backend.Provisioned, error) {
+// same member again, a bounded number of times: Provision is idempotent. It
+// asks under another placement when the member refuses what is asked under this
+// one. The error is the router's own.
+func (f *Fleet) attempt(ctx context.Context, m *Member, claim Claim, grant backend.Grant, envelope backend.Envelope, fence uint64, search *search) (attempted, error) {
 	// What another call made under its claim may exist.
 	doubt := !search.ours
+	late := false
 	for n := 1; ; n++ {
-		provisioned, err := m.Backend.Provision(ctx, grant, envelope)
+		provisioned, err := m.Backend.Provision(backend.WithFence(ctx, claim.Generation), grant, envelope)
 		if err == nil {
 			provisioned.Instance.Handle = provisioned.Instance.Handle.Via(m.Name)
 			f.remember(m, grant.WithRegionHint(envelope.RegionHint), nil)
-			return provisioned, nil
+			return attempted{provisioned: provisioned, claim: claim}, nil
 		}
+		refused := backend.RefusedFence(err)
+		// The call came after a refusal of another one under the same placement.
+		first := !late
+		late = refused >= claim.Generation && backenderr.Is(err, backenderr.OperationInProgress)
 		// A member that didn't look doesn't clear up what an earlier call left.
 		if doubt && blind(err) {
 			err = backenderr.From(err).Clone().WithCreated(backenderr.CreatedUnknown)
@@ -274,16 +360,29 @@ func (f *Fleet) attempt(ctx context.Context, m *Member, grant backend.Grant, env
 		doubt = doubt || backenderr.CreatedOf(err) == backenderr.CreatedUnknown
 		if ctx.Err() != nil || n >= attempts(err) {
 			f.remember(m, grant.WithRegionHint(envelope.RegionHint), err)
-			return backend.Provisioned{}, err
+			return attempted{failure: err, claim: claim}, nil
 		}
 		f.log.WarnContext(ctx, "Provision failed, asking the same backend again", "grant_id", grant.ID.String(), "backend", m.Name,
 			"reason", string(backenderr.ReasonOf(err)), "attempt", n, "error", err)
-		timer := time.NewTimer(pause(n, err))
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return backend.Provisioned{}, err
+		if !late || !first {
+			timer := time.NewTimer(pause(n, err))
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+				timer.Stop()
+				return attempted{failure: err, claim: claim}, nil
+			}
+		}
+		if refused < claim.Generation {
+			continue
+		}
+		now, moved, moveErr := f.claims.Move(ctx, claim, m.Name, refused, fence)
+		if moveErr != nil {
+			return attempted{}, ledgerError(moveErr)
+		}
+		search.ours = search.ours && moved
+		if claim = now; !holds(claim, m) {
+			return attempted{claim: claim, moved: true}, nil
 		}
 	}
 }
@@ -313,12 +412,11 @@ func holds(c Claim, m *Member) bool { return c.Backend == m.Name && !c.Leaving &
 // moveOn decides by the error table what follows from a member's failure. It
 // returns the claim as it is after it was given to the next member, or the
 // error for the caller.
-func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure error, search *search) (Claim, error) {
-	rule, created := ruleFor(failure), backenderr.CreatedOf(failure)
+func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure error, fence uint64, search *search) (Claim, error) {
+	rule, certain := ruleFor(failure), certain(failure, claim)
 	movable := rule.then == next || rule.then == again || search.gaveUp(m, failure)
 	// A claim that another call made may stand for an instance that runs well while
 	// its backend is in trouble. Only a clear refusal says that there is none.
-	certain := created == backenderr.CreatedNone
 	if !movable || !f.fallThrough || ctx.Err() != nil || (!search.ours && !certain) {
 		return Claim{}, m.fails(failure)
 	}
@@ -327,34 +425,36 @@ func (f *Fleet) moveOn(ctx context.Context, m *Member, claim Claim, failure erro
 	switch {
 	case err != nil:
 		return Claim{}, m.fails(failure)
-	case to == nil && created == backenderr.CreatedUnknown:
+	case to == nil && backenderr.CreatedOf(failure) == backenderr.CreatedUnknown:
 		return Claim{}, m.fails(failure)
 	case to == nil:
 		return Claim{}, search.failure()
 	}
-	if created == backenderr.CreatedUnknown {
-		if claim, err = f.claims.Leave(ctx, claim.GrantID, m.Name); err != nil {
+	if !certain {
+		was := claim
+		if claim, err = f.claims.Leave(ctx, was); err != nil {
 			return Claim{}, ledgerError(err)
 		}
-		if claim.Backend != m.Name || claim.Closed {
+		if claim.Backend != m.Name || claim.Generation != was.Generation || claim.Closed {
 			delete(search.passed, to.Name)
 			search.ours = false
 			return claim, nil
 		}
 		if err := f.end(ctx, m, claim.GrantID); err != nil {
 			f.log.WarnContext(ctx, "Could not confirm the end of an unclear attempt", "grant_id", claim.GrantID.String(), "backend", m.Name, "error", err)
-			return Claim{}, m.fails(failure)
+			return Claim{}, m.fails(failure).WithCreated(backenderr.CreatedUnknown)
 		}
 	}
-	return f.move(ctx, claim, to, search, backenderr.ReasonOf(failure))
+	return f.move(ctx, claim, to, fence, search, backenderr.ReasonOf(failure))
 }
 
 // finishLeaving goes on where another call stopped that was taking the grant away
 // from the member. It can't stay: that call may have ended it there already.
-func (f *Fleet) finishLeaving(ctx context.Context, m *Member, claim Claim, search *search) (Claim, error) {
+func (f *Fleet) finishLeaving(ctx context.Context, m *Member, claim Claim, fence uint64, search *search) (Claim, error) {
 	if err := f.end(ctx, m, claim.GrantID); err != nil {
 		return Claim{}, m.fails(err).WithCreated(backenderr.CreatedUnknown)
 	}
+	search.nothing = &claim
 	search.refuse(m, backenderr.New(backenderr.GrantNotSatisfiable, "an attempt with an unclear outcome was given up there"))
 	to, err := search.next(ctx)
 	switch {
@@ -363,22 +463,24 @@ func (f *Fleet) finishLeaving(ctx context.Context, m *Member, claim Claim, searc
 	case to == nil:
 		return Claim{}, search.failure()
 	}
-	return f.move(ctx, claim, to, search, backenderr.Unknown)
+	return f.move(ctx, claim, to, fence, search, backenderr.Unknown)
 }
 
 // move gives the grant to another member and returns the claim as it is then.
-func (f *Fleet) move(ctx context.Context, claim Claim, to *Member, search *search, reason backenderr.Reason) (Claim, error) {
-	moved, err := f.claims.Move(ctx, claim, to.Name)
+func (f *Fleet) move(ctx context.Context, claim Claim, to *Member, fence uint64, search *search, reason backenderr.Reason) (Claim, error) {
+	search.nothing = nil
+	now, moved, err := f.claims.Move(ctx, claim, to.Name, 0, fence)
 	if err != nil {
 		return Claim{}, ledgerError(err)
 	}
-	// Another router may have moved it elsewhere before; whatever is stored holds.
-	search.ours = moved.Backend == to.Name
-	if !search.ours {
+	// Another router may have moved it before; whatever is stored holds.
+	search.ours = moved
+	if now.Backend != to.Name {
 		delete(search.passed, to.Name)
 	}
-	f.log.InfoContext(ctx, "Moved grant", "grant_id", claim.GrantID.String(), "from", claim.Backend, "backend", moved.Backend, "reason", string(reason))
-	return moved, nil
+	f.log.InfoContext(ctx, "Moved grant", "grant_id", claim.GrantID.String(), "from", claim.Backend, "backend", now.Backend,
+		"generation", now.Generation, "reason", string(reason))
+	return now, nil
 }
 
 // end terminates the grant at one member and returns nil only when the member
@@ -428,6 +530,10 @@ func checkHops(ctx context.Context) error {
 // ledgerError is a failure of the claim store. What exists is unknown: an
 // earlier call may have made something, and only the store would say where.
 func ledgerError(err error) error {
+	var late *RefusedError
+	if errors.As(err, &late) {
+		return backenderr.Wrap(backenderr.OperationInProgress, err, "the call came too late").WithRetryAfter(firstPause)
+	}
 	if r := backenderr.ReasonOf(err); r != backenderr.Unknown {
 		return backenderr.Wrap(r, err, "router's ledger")
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -31,7 +32,7 @@ func TestFirstMatchInOrderGetsTheGrant(t *testing.T) {
 		t.Errorf("%d Provision calls reached other backends", got)
 	}
 	claim, err := b.claims.Get(t.Context(), grant.ID)
-	want := fleet.Claim{GrantID: grant.ID, Backend: "b", Owner: "alice", Content: fleet.Content(grant, envelope), ValidTo: grant.ValidTo}
+	want := fleet.Claim{Generation: 1, GrantID: grant.ID, Backend: "b", Owner: "alice", Content: fleet.Content(grant, envelope), ValidTo: grant.ValidTo}
 	if diff := cmp.Diff(want, claim); diff != "" || err != nil {
 		t.Errorf("claim (-want +got):\n%s\n%v", diff, err)
 	}
@@ -120,6 +121,10 @@ func TestEveryRowOfTheErrorTable(t *testing.T) {
 		for _, created := range []backenderr.Created{backenderr.CreatedNone, backenderr.CreatedUnknown} {
 			for _, strict := range []bool{false, true} {
 				asked, moves, terminated := r.asked, r.moves && !strict, 0
+				// A refusal at the door is recorded nowhere; see certain.
+				if moves && r.reason == backenderr.CallerUnauthenticated {
+					terminated = 1
+				}
 				if created == backenderr.CreatedUnknown {
 					asked, moves = r.askedUnknown, r.movesUnknown && !strict
 					if moves {
@@ -176,7 +181,7 @@ func TestEveryRowOfTheErrorTableForAnInheritedClaim(t *testing.T) {
 					grant, envelope := grantOf(1)
 					ctx := as(t.Context(), "alice")
 					claim := fleet.Claim{GrantID: grant.ID, Backend: "a", Owner: "alice", Content: fleet.Content(grant, envelope)}
-					if _, _, err := b.claims.Put(ctx, claim); err != nil {
+					if _, _, err := b.claims.Put(ctx, claim, 0); err != nil {
 						t.Fatal(err)
 					}
 					o := fails(r.reason, created)
@@ -773,34 +778,116 @@ func TestTwoRoutersNeverGiveAGrantToTwoBackends(t *testing.T) {
 	}
 }
 
-// The first router's member refuses; before the router moves the claim, the
-// second router has the same member asked again, and now it has room.
-func TestALateSuccessAtABackendThatLostTheClaimIsUndone(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := newBridge(t, "a", "b")
-		second := b.router(t, false)
-		grant, envelope := grantOf(1)
-		hold := make(chan struct{})
-		b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone), {wait: hold}}
-		type result struct {
-			p   backend.Provisioned
-			err error
-		}
-		late := make(chan result, 1)
-		b.claims.beforeMove = sync.OnceFunc(func() {
-			go func() {
-				p, err := second.Provision(t.Context(), grant, envelope)
-				late <- result{p, err}
-			}()
-			synctest.Wait()
+// late is a backend as a router with a slow network sees it: calls of Provision
+// leave at once and arrive when they are let through.
+type late struct {
+	backend.Backend
+	left    chan struct{}
+	through chan struct{}
+}
+
+func (l late) Provision(ctx context.Context, g backend.Grant, e backend.Envelope) (backend.Provisioned, error) {
+	l.left <- struct{}{}
+	<-l.through
+	return l.Backend.Provision(ctx, g, e)
+}
+
+// The second router reads the claim and calls; the first one is refused, moves
+// the claim and provisions elsewhere; then the second one's call arrives, and
+// there is room now.
+func TestACallThatArrivesAfterARefusalMakesNothing(t *testing.T) {
+	for _, forgetful := range []bool{false, true} {
+		t.Run(fmt.Sprintf("the worker forgets=%t", forgetful), func(t *testing.T) {
+			b := newBridge(t, "a", "b")
+			b.fakes[0].forgets = forgetful
+			slow := late{b.fakes[0], make(chan struct{}, 1), make(chan struct{})}
+			second := b.over(t, map[string]backend.Backend{"a": slow})
+			b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone)}
+			grant, envelope := grantOf(1)
+			type result struct {
+				p   backend.Provisioned
+				err error
+			}
+			joined := make(chan result, 1)
+			b.claims.beforeMove = sync.OnceFunc(func() { // The refusal has come, the move has not.
+				go func() {
+					p, err := second.Provision(t.Context(), grant, envelope)
+					joined <- result{p, err}
+				}()
+				<-slow.left
+			})
+			p, err := b.Provision(t.Context(), grant, envelope)
+			wantOn(t, p, err, "b")
+			close(slow.through)
+			r := <-joined
+			wantOn(t, r.p, r.err, "b")
+			// A worker that forgets its refusals is what fences are for: for a moment
+			// there are two, until the router notices.
+			most := 1
+			if forgetful {
+				most = 2
+			}
+			if b.world.running[grant.ID] != 1 || b.world.atOnce[grant.ID] != most {
+				t.Errorf("%d instances are left, there were %d at once, want %d", b.world.running[grant.ID], b.world.atOnce[grant.ID], most)
+			}
 		})
+	}
+}
+
+// A refusal at the door is recorded nowhere: a call that was under way may still
+// be let in.
+func TestARefusalThatWasNotRecordedMovesNothingBeforeTheEndIsConfirmed(t *testing.T) {
+	b := newBridge(t, "a", "b")
+	slow := late{b.fakes[0], make(chan struct{}, 1), make(chan struct{})}
+	second := b.over(t, map[string]backend.Backend{"a": slow})
+	door := fails(backenderr.CallerUnauthenticated, backenderr.CreatedNone)
+	refuse := make(chan struct{})
+	door.wait = refuse
+	b.fakes[0].script = []outcome{door}
+	grant, envelope := grantOf(1)
+	joined := make(chan error, 1)
+	go func() {
+		defer close(refuse)
+		for b.fakes[0].did("Provision") == 0 {
+			runtime.Gosched()
+		}
+		go func() {
+			_, err := second.Provision(t.Context(), grant, envelope)
+			joined <- err
+		}()
+		<-slow.left // It has read the claim.
+	}()
+	p, err := b.Provision(t.Context(), grant, envelope)
+	wantOn(t, p, err, "b")
+	if n := b.fakes[0].did("Terminate " + grant.ID.String()); n != 1 {
+		t.Errorf("%d calls of Terminate at the first backend", n)
+	}
+	close(slow.through)
+	if err := <-joined; err != nil {
+		t.Errorf("the call that followed: %v", err)
+	}
+	if b.world.atOnce[grant.ID] != 1 {
+		t.Errorf("%d instances at once", b.world.atOnce[grant.ID])
+	}
+}
+
+// Everybody refuses; the next call finds the door shut where the claim is, and
+// asks under another number.
+func TestARetryAfterARefusalHasAHigherFence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newBridge(t, "a")
+		b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone), fails(backenderr.ProviderUnavailable, backenderr.CreatedNone)}
+		b.fakes[0].refused[idOf(1)] = 6 // By a router that had another ledger.
+		grant, envelope := grantOf(1)
+		_, err := b.Provision(t.Context(), grant, envelope)
+		wantReason(t, err, backenderr.CapacityExhausted, backenderr.CreatedNone)
+		if backend.RefusedFence(err) != 0 {
+			t.Error("a caller without a fence is told of fences")
+		}
 		p, err := b.Provision(t.Context(), grant, envelope)
-		wantOn(t, p, err, "b")
-		close(hold)
-		r := <-late
-		wantOn(t, r.p, r.err, "b")
-		if got := b.world.running[grant.ID]; got != 1 {
-			t.Errorf("%d instances are left", got)
+		wantOn(t, p, err, "a")
+		if diff := cmp.Diff([]uint64{1, 7, 7, 8, 9}, b.fakes[0].fences); diff != "" {
+			t.Errorf("fences (-want +got):\n%s", diff)
 		}
 	})
 }
@@ -810,9 +897,7 @@ func TestLosingTheRaceForAMoveFollowsTheWinner(t *testing.T) {
 	b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone)}
 	grant, envelope := grantOf(1)
 	b.claims.beforeMove = func() {
-		if _, err := b.claims.move(fleet.Claim{GrantID: grant.ID, Backend: "a"}, "c"); err != nil {
-			t.Error(err)
-		}
+		b.claims.steal(t, grant.ID, "c")
 	}
 	p, err := b.Provision(t.Context(), grant, envelope)
 	wantOn(t, p, err, "c")
@@ -829,9 +914,7 @@ func TestAnUnclearAttemptUnderAnothersClaimIsNotEnded(t *testing.T) {
 		b.fakes[0].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone)}
 		b.fakes[2].always = &outcome{err: errTransport, made: true}
 		b.claims.beforeMove = func() {
-			if _, err := b.claims.move(fleet.Claim{GrantID: grant.ID, Backend: "a"}, "c"); err != nil {
-				t.Error(err)
-			}
+			b.claims.steal(t, grant.ID, "c")
 		}
 		_, err := b.Provision(t.Context(), grant, envelope)
 		wantReason(t, err, backenderr.Unknown, backenderr.CreatedUnknown)
@@ -846,7 +929,7 @@ func TestALostRaceForTheClaimKeepsTheFirstMatchAvailable(t *testing.T) {
 	grant, envelope := grantOf(1)
 	// Between Get and Put another router claims for b, which then refuses.
 	b.fakes[0].satisfy = func(context.Context) (backend.Satisfaction, error) {
-		_, _, err := b.claims.Put(t.Context(), fleet.Claim{GrantID: grant.ID, Backend: "b", Content: fleet.Content(grant, envelope)})
+		_, _, err := b.claims.Put(t.Context(), fleet.Claim{GrantID: grant.ID, Backend: "b", Content: fleet.Content(grant, envelope)}, 0)
 		return backend.Satisfaction{Satisfiable: true}, err
 	}
 	b.fakes[1].script = []outcome{fails(backenderr.CapacityExhausted, backenderr.CreatedNone)}

@@ -31,6 +31,9 @@ type search struct {
 	inherited string
 	// ours says that this call gave the claim to the member that has it now.
 	ours bool
+	// nothing is the claim, or its absence, under which nothing exists and nothing
+	// more is made; nil while that isn't known.
+	nothing *Claim
 }
 
 // satisfied is a member's answer to CanSatisfy.
