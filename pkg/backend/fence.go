@@ -7,8 +7,8 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 )
 
-// A fence is the number under which a router calls Provision; see "Retries of
-// routers" in backend.proto. It travels in the context, beside the caller.
+// A fence is the number under which a router calls Provision; see "Fences"
+// in backend.proto. It travels in the context, beside the caller.
 
 type fenceKey struct{}
 

@@ -19,6 +19,7 @@ const (
 	metaClient = "computebridge-client"
 	metaRole   = "computebridge-role"
 	metaHops   = "computebridge-hops"
+	metaFence  = "computebridge-fence"
 )
 
 // methodRoles says which roles may call what. A method that isn't here may be
@@ -70,7 +71,7 @@ func (a *authenticator) authenticate(ctx context.Context, method string) (contex
 	}
 	if roles, known := methodRoles[method]; known {
 		if slices.Contains(roles, caller.Role) {
-			return backend.WithCaller(ctx, caller), nil
+			return a.fenced(backend.WithCaller(ctx, caller))
 		}
 		return nil, backenderr.New(backenderr.CallerDenied, "%s has role %s, which may not call %s", caller.Identity, caller.Role, method).
 			WithCreated(backenderr.CreatedNone)
@@ -117,6 +118,28 @@ func (a *authenticator) caller(ctx context.Context) (backend.Caller, error) {
 	return caller, nil
 }
 
+// fenced returns a context with the call's fence. Whoever sends one speaks for
+// a router: what is refused to a fence is refused to every call below it.
+func (a *authenticator) fenced(ctx context.Context) (context.Context, error) {
+	md, _ := metadata.FromIncomingContext(ctx)
+	sent := first(md, metaFence)
+	if sent == "" {
+		return ctx, nil
+	}
+	identity, err := peerIdentity(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if !a.clients[identity].Router {
+		return nil, backenderr.New(backenderr.CallerDenied, "%q is no router here and has no fences", identity).WithCreated(backenderr.CreatedNone)
+	}
+	fence, err := strconv.ParseUint(sent, 10, 64)
+	if err != nil || fence == 0 || fence > backend.MaxFence {
+		return nil, invalidMetadata(metaFence, "must be a positive number below 2^62")
+	}
+	return backend.WithFence(ctx, fence), nil
+}
+
 func invalidMetadata(key, description string) error {
 	return backenderr.Invalid(backenderr.RequestInvalid, backenderr.Violation{Field: "metadata " + key, Description: description})
 }
@@ -144,9 +167,12 @@ func peerIdentity(ctx context.Context) (string, error) {
 }
 
 // PassCaller returns a context for calls that a router makes on behalf of its
-// own caller: identity, role and one hop more.
+// own caller: identity, role, one hop more, and the fence if there is one.
 func PassCaller(ctx context.Context) context.Context {
 	caller := backend.CallerFrom(ctx)
+	if fence := backend.FenceFrom(ctx); fence != 0 {
+		ctx = metadata.AppendToOutgoingContext(ctx, metaFence, strconv.FormatUint(fence, 10))
+	}
 	if caller.Identity == "" {
 		return ctx
 	}

@@ -32,7 +32,7 @@ func (j *journal) Begin(ctx context.Context, id backend.GrantID, placement strin
 		return Attempt{}, ledgerError(err, "begin attempt")
 	}
 	a, _, err := j.ledger.BeginAttempt(ctx, ledger.RequestID(id), claim.ContentHash, func(uint32) (ledger.AttemptParams, error) {
-		return ledger.AttemptParams{Params: params, Placement: placement}, nil
+		return ledger.AttemptParams{Params: params, Placement: placement, Fence: backend.FenceFrom(ctx)}, nil
 	})
 	if err != nil {
 		return Attempt{}, ledgerError(err, "begin attempt")
@@ -145,9 +145,12 @@ func unmarshalSigned(body []byte) (*backend.SignedLog, error) {
 
 // ledgerError classifies an error of the ledger, nil to nil.
 func ledgerError(err error, what string) error {
+	var late ledger.FencedError
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &late):
+		return backenderr.Wrap(backenderr.OperationInProgress, err, "%s", what)
 	case errors.Is(err, ledger.ErrClosed):
 		return backenderr.Wrap(backenderr.GrantEnded, err, "%s", what)
 	case errors.Is(err, context.Canceled):

@@ -355,7 +355,8 @@ func (k *keeper) make(ctx context.Context) (ready *backend.Provisioned, made boo
 	if err != nil {
 		return nil, false, err
 	}
-	result, err := r.driver.Provision(ctx, Order{
+	// The attempt begins, if one does, under the fence of the call.
+	result, err := r.driver.Provision(backend.WithFence(ctx, k.claim.Fence), Order{
 		Grant:        grant,
 		ImagePointer: envelope.ImagePointer,
 		LoginKey:     k.claim.LoginPublicKey,

@@ -25,6 +25,9 @@ type Ledger interface {
 	CloseGrant(ctx context.Context, c ledger.Closure) (stored ledger.Closure, created bool, err error)
 	Closure(ctx context.Context, id ledger.RequestID) (ledger.Closure, error)
 
+	Refused(ctx context.Context, id ledger.RequestID) (uint64, error)
+	RefuseAttempts(ctx context.Context, id ledger.RequestID, fence uint64) (uint64, error)
+
 	PutInterim(ctx context.Context, g ledger.Log) error
 	PutFinal(ctx context.Context, g ledger.Log) (stored ledger.Log, created bool, err error)
 	Log(ctx context.Context, id ledger.RequestID) (ledger.Log, error)

@@ -313,17 +313,60 @@ func (r *Runtime) CanSatisfy(ctx context.Context, grant backend.Grant) (backend.
 func (r *Runtime) Provision(ctx context.Context, grant backend.Grant, envelope backend.Envelope) (backend.Provisioned, error) {
 	began := time.Now()
 	p, err := r.provision(ctx, grant, envelope)
+	if err != nil {
+		err = r.refusal(ctx, grant.ID, err)
+	}
 	r.metrics.provisioned(backenderr.ReasonOf(err), time.Since(began))
 	return p, err
 }
 
+// refusal makes the answer of a Provision that failed. If a router called, and
+// nothing exists, it records first that all its calls up to this one are
+// refused: it may now give the grant to another backend, and a call that is
+// still on its way, from whatever router, must not make a second instance here.
+func (r *Runtime) refusal(ctx context.Context, id backend.GrantID, failure error) error {
+	fence := backend.FenceFrom(ctx)
+	if fence == 0 {
+		return failure
+	}
+	e := backenderr.From(failure)
+	var late ledger.FencedError
+	if errors.As(failure, &late) {
+		e = backend.WithRefusedFence(backenderr.New(backenderr.OperationInProgress, "the call came late: %v", late), late.Refused).
+			WithCreated(backenderr.CreatedNone)
+	}
+	if backenderr.CreatedOf(e) != backenderr.CreatedNone {
+		return e
+	}
+	refused, err := r.config.Ledger.RefuseAttempts(ctx, ledger.RequestID(id), fence)
+	if err != nil {
+		if !errors.Is(err, ledger.ErrConflict) {
+			r.log.WarnContext(ctx, "Could not record a refusal", "grant_id", id.String(), "error", err.Error())
+		}
+		return e.Clone().WithCreated(backenderr.CreatedUnknown)
+	}
+	return backend.WithRefusedFence(e.Clone(), refused)
+}
+
 func (r *Runtime) provision(ctx context.Context, grant backend.Grant, envelope backend.Envelope) (backend.Provisioned, error) {
-	caller := backend.CallerFrom(ctx)
+	caller, fence := backend.CallerFrom(ctx), backend.FenceFrom(ctx)
 	grant = grant.WithRegionHint(envelope.RegionHint)
+	// The transactions that claim the grant and begin an attempt check it again;
+	// here it spares the provider the questions.
+	if fence != 0 {
+		refused, err := r.config.Ledger.Refused(ctx, ledger.RequestID(grant.ID))
+		if err == nil && fence <= refused {
+			err = ledger.FencedError{Refused: refused}
+		}
+		if err != nil {
+			return backend.Provisioned{}, ledgerError(err, "check fence")
+		}
+	}
 	claim, err := r.claimed(ctx, caller, grant, envelope)
 	if err != nil {
 		return backend.Provisioned{}, err
 	}
+	claim.Fence = fence
 	for {
 		k, err := r.provisioner(ctx, claim)
 		if err != nil {
@@ -337,6 +380,10 @@ func (r *Runtime) provision(ctx context.Context, grant backend.Grant, envelope b
 				return backend.Provisioned{}, callerGone(err)
 			}
 			continue
+		}
+		var late ledger.FencedError
+		if errors.As(err, &late) && (fence == 0 || fence > late.Refused) {
+			continue // It was late for the caller that it joined, not for this one.
 		}
 		if err != nil {
 			return backend.Provisioned{}, err
@@ -393,6 +440,7 @@ func (r *Runtime) claimed(ctx context.Context, caller backend.Caller, grant back
 		Record:         record,
 		SealedKey:      login.sealed,
 		LoginPublicKey: login.public,
+		Fence:          backend.FenceFrom(ctx),
 	})
 	if err != nil {
 		return ledger.Claim{}, ledgerError(err, "claim grant")

@@ -175,8 +175,23 @@ func (l *Ledger) Claim(ctx context.Context, id ledger.RequestID) (ledger.Claim, 
 }
 
 // MoveClaim is [ledger.Ledger.MoveClaim].
-func (l *Ledger) MoveClaim(ctx context.Context, id ledger.RequestID, from, to string) error {
-	return none(ctx, l, write("MoveClaim", id), func() error { return l.real.MoveClaim(ctx, id, from, to) })
+func (l *Ledger) MoveClaim(ctx context.Context, m ledger.Move) error {
+	return none(ctx, l, write("MoveClaim", m.RequestID), func() error { return l.real.MoveClaim(ctx, m) })
+}
+
+// Refused is [ledger.Ledger.Refused].
+func (l *Ledger) Refused(ctx context.Context, id ledger.RequestID) (uint64, error) {
+	return one(ctx, l, read("Refused", id), func() (uint64, error) { return l.real.Refused(ctx, id) })
+}
+
+// RefuseAttempts is [ledger.Ledger.RefuseAttempts].
+func (l *Ledger) RefuseAttempts(ctx context.Context, id ledger.RequestID, fence uint64) (uint64, error) {
+	return one(ctx, l, write("RefuseAttempts", id), func() (uint64, error) { return l.real.RefuseAttempts(ctx, id, fence) })
+}
+
+// RefuseClaims is [ledger.Ledger.RefuseClaims].
+func (l *Ledger) RefuseClaims(ctx context.Context, id ledger.RequestID, fence uint64, backend string, generation uint64) (uint64, error) {
+	return one(ctx, l, write("RefuseClaims", id), func() (uint64, error) { return l.real.RefuseClaims(ctx, id, fence, backend, generation) })
 }
 
 // SetSealedKey is [ledger.Ledger.SetSealedKey].

@@ -82,8 +82,24 @@ func steps(id ledger.RequestID) []step {
 		},
 		{
 			ledgertest.Call{Point: "ledger.MoveClaim", RequestID: id, Mutates: true},
-			func(ctx ctxt, l seen) error { return l.MoveClaim(ctx, id, "a", "b") },
+			func(ctx ctxt, l seen) error {
+				return l.MoveClaim(ctx, ledger.Move{RequestID: id, From: "a", Generation: 1, To: "b", Next: 2})
+			},
 			func(ctx ctxt, l real) bool { c, err := l.Claim(ctx, id); return err == nil && c.Backend == "b" },
+		},
+		{
+			ledgertest.Call{Point: "ledger.RefuseAttempts", RequestID: id, Mutates: true},
+			func(ctx ctxt, l seen) error { return second(l.RefuseAttempts(ctx, id, 1)) },
+			func(ctx ctxt, l real) bool { n, err := l.Refused(ctx, id); return err == nil && n == 1 },
+		},
+		{
+			ledgertest.Call{Point: "ledger.RefuseClaims", RequestID: id, Mutates: true},
+			func(ctx ctxt, l seen) error { return second(l.RefuseClaims(ctx, id, 2, "b", 2)) },
+			func(ctx ctxt, l real) bool { n, err := l.Refused(ctx, id); return err == nil && n == 2 },
+		},
+		{
+			ledgertest.Call{Point: "ledger.Refused", RequestID: id},
+			func(ctx ctxt, l seen) error { return second(l.Refused(ctx, id)) }, nil,
 		},
 		{
 			ledgertest.Call{Point: "ledger.SetSealedKey", RequestID: id, Mutates: true},

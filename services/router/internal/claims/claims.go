@@ -26,7 +26,8 @@ const leavingMark = "!"
 type Ledger interface {
 	PutClaim(ctx context.Context, c ledger.Claim) (stored ledger.Claim, created bool, err error)
 	Claim(ctx context.Context, id ledger.RequestID) (ledger.Claim, error)
-	MoveClaim(ctx context.Context, id ledger.RequestID, from, to string) error
+	MoveClaim(ctx context.Context, m ledger.Move) error
+	RefuseClaims(ctx context.Context, id ledger.RequestID, fence uint64, backend string, generation uint64) (uint64, error)
 	CloseGrant(ctx context.Context, c ledger.Closure) (stored ledger.Closure, created bool, err error)
 	Closure(ctx context.Context, id ledger.RequestID) (ledger.Closure, error)
 }
