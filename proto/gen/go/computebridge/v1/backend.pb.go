@@ -53,6 +53,21 @@
 // confirmed) or created=unknown. Only after "none", or after Terminate answered
 // TERMINATED, may a caller turn to another backend with the same grant.
 //
+// # Fences
+//
+// Several routers may call for one grant, and a call may arrive late: after the
+// backend has refused another one with created=none, and the grant has gone
+// elsewhere. So routers number where they give a grant, and send the number, a
+// fence, with Provision in the metadata key "computebridge-fence"; servers take
+// it only from identities that are configured as routers. Before a backend
+// answers such a call with created=none it MUST record durably that it refuses
+// all Provision calls of the grant up to this fence, for good, and say so in
+// ErrorInfo metadata, key "refused_fence"; if it can't, it answers
+// created=unknown. A call that is refused so fails with OPERATION_IN_PROGRESS,
+// and the same key names the highest fence that is refused. A router that reads
+// created=none without that key has the end confirmed by Terminate before it
+// gives the grant to another backend.
+//
 // # Who may call
 //
 // The caller's identity is that of its mTLS certificate. A router passes the
