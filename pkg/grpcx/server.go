@@ -10,6 +10,7 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"buf.build/go/protovalidate"
@@ -54,6 +55,7 @@ type Server struct {
 	*grpc.Server
 
 	health    *health.Server
+	judged    sync.Map // services whose health somebody has told
 	listeners []net.Listener
 	log       *slog.Logger
 }
@@ -147,11 +149,28 @@ func NewServer(c ServerConfig, log *slog.Logger, metrics prometheus.Registerer) 
 
 // SetServing tells health checks whether the process takes calls.
 func (s *Server) SetServing(serving bool) {
+	s.setService("", serving)
+	for service := range s.GetServiceInfo() {
+		if _, judged := s.judged.Load(service); !judged {
+			s.setService(service, serving)
+		}
+	}
+}
+
+// SetServiceServing tells health checks of one service whether it takes calls
+// here. A client that knows several servers asks the others then. Services that
+// nobody speaks for are healthy while the process serves.
+func (s *Server) SetServiceServing(service string, serving bool) {
+	s.judged.Store(service, true)
+	s.setService(service, serving)
+}
+
+func (s *Server) setService(service string, serving bool) {
 	state := healthv1.HealthCheckResponse_NOT_SERVING
 	if serving {
 		state = healthv1.HealthCheckResponse_SERVING
 	}
-	s.health.SetServingStatus("", state)
+	s.health.SetServingStatus(service, state)
 }
 
 // Addrs returns the addresses that are listened on, in the configuration's

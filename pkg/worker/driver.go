@@ -64,6 +64,24 @@ type Driver interface {
 	Close() error
 }
 
+// Divided is a [Driver] of which several replicas run at the same time, each of
+// which has a part of the provider: a replica acts only for grants in its part.
+// While another replica has what a grant needs, every method that must act fails
+// with OTHER_REPLICA, and the runtime leaves the grant alone.
+type Divided interface {
+	Driver
+
+	// Elsewhere fails with OTHER_REPLICA while another replica has what holds the
+	// grant's open attempt, and with LEDGER_UNAVAILABLE if that can't be found
+	// out. A grant without an open attempt is anyone's, and one that nobody is
+	// known to have is ours.
+	Elsewhere(ctx context.Context, id backend.GrantID) error
+
+	// Serving says why this replica has nothing to serve with, because others
+	// have it all; nil if it has.
+	Serving() error
+}
+
 // Order is a grant as a driver gets it.
 type Order struct {
 	// Grant, with its region settled: the grant's own or the envelope's hint.
@@ -115,6 +133,9 @@ type Env struct {
 	// nothing but Terminate changes anything at the provider. A part whose clock
 	// can't be believed counts as one that can't be seen.
 	Janitor bool
+	// TookOver is for [Divided] drivers: it makes the runtime look at once for
+	// grants that this replica has to keep from now on. It doesn't block.
+	TookOver func()
 }
 
 // Journal is what no provider remembers, kept in the ledger.
@@ -160,4 +181,6 @@ type Attempt struct {
 	BeganAt time.Time
 	// Gone is set once the attempt is confirmed gone.
 	Gone bool
+	// New is set by Begin for the attempt that this very call recorded.
+	New bool
 }

@@ -31,13 +31,15 @@ func (j *journal) Begin(ctx context.Context, id backend.GrantID, placement strin
 	if err != nil {
 		return Attempt{}, ledgerError(err, "begin attempt")
 	}
-	a, _, err := j.ledger.BeginAttempt(ctx, ledger.RequestID(id), claim.ContentHash, func(uint32) (ledger.AttemptParams, error) {
+	a, created, err := j.ledger.BeginAttempt(ctx, ledger.RequestID(id), claim.ContentHash, func(uint32) (ledger.AttemptParams, error) {
 		return ledger.AttemptParams{Params: params, Placement: placement, Fence: backend.FenceFrom(ctx)}, nil
 	})
 	if err != nil {
 		return Attempt{}, ledgerError(err, "begin attempt")
 	}
-	return attemptOf(a), nil
+	begun := attemptOf(a)
+	begun.New = created
+	return begun, nil
 }
 
 // Check implements [Journal].

@@ -60,6 +60,8 @@ type keeper struct {
 	abandoned bool
 	endReason backend.EndReason
 	failure   error // of Provision
+	other     error // why the grant is left to another replica
+	quit      context.CancelFunc
 }
 
 // snapshot is a grant at one moment.
@@ -231,6 +233,11 @@ func (k *keeper) watch(ctx context.Context, emit func(backend.Event) error) erro
 
 // run is the keeper's goroutine. ctx is the life of the process.
 func (k *keeper) run(ctx context.Context) {
+	ctx, quit := context.WithCancel(ctx)
+	defer quit()
+	k.mu.Lock()
+	k.quit = quit
+	k.mu.Unlock()
 	defer k.update(func(s *snapshot) { s.left = true })
 	k.runtime.metrics.live(1)
 	defer k.runtime.metrics.live(-1)
@@ -249,7 +256,7 @@ func (k *keeper) run(ctx context.Context) {
 		exit = k.watchInstance(ctx)
 	case phaseEnd:
 	}
-	if ctx.Err() != nil {
+	if ctx.Err() != nil || k.gaveWay() != nil {
 		return
 	}
 	k.finish(ctx, exit)
@@ -423,7 +430,7 @@ func (k *keeper) watchInstance(process context.Context) backend.Exit {
 		case err == nil:
 			k.end(exit.Reason)
 			return exit
-		case k.isEnding():
+		case k.isEnding(), k.giveWay(err):
 			return backend.Exit{}
 		case !time.Now().Before(k.claim.ValidTo):
 			k.end(backend.EndDeadline)
@@ -491,8 +498,14 @@ func (k *keeper) finish(ctx context.Context, exit backend.Exit) {
 	var last *backend.ComputeLog
 	k.insist(ctx, "tear down", func() (err error) {
 		last, err = k.runtime.driver.Terminate(ctx, k.id)
+		if k.giveWay(err) {
+			return nil
+		}
 		return err
 	})
+	if k.gaveWay() != nil {
+		return
+	}
 	var final *backend.SignedLog
 	k.insist(ctx, "write compute log", func() (err error) {
 		final, err = k.writeFinal(ctx, last, exit, closureReason(closure))
@@ -563,6 +576,9 @@ func (k *keeper) writeFinal(ctx context.Context, last *backend.ComputeLog, exit 
 func (k *keeper) undo(ctx context.Context) {
 	k.update(func(s *snapshot) { s.instance.State = backend.StateTerminating })
 	if _, err := k.runtime.driver.Terminate(ctx, k.id); err != nil {
+		if k.giveWay(err) {
+			return
+		}
 		k.runtime.log.WarnContext(ctx, "Undoing an abandoned attempt failed", "grant_id", k.id.String(), "error", err.Error())
 		return // the next sweep tries again
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/process"
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
 	"github.com/compute-bridge/compute-bridge/pkg/telemetry"
+	bridgev1 "github.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1"
 )
 
 // metricsTimeout is how long a reading of the metrics may keep the end waiting.
@@ -86,6 +87,7 @@ func Run[D any](ctx context.Context, c Config[D], open Open[D], log *slog.Logger
 		return err
 	}
 	Register(server, runtime)
+	runtime.reportServing(func(serving bool) { server.SetServiceServing(bridgev1.BackendService_ServiceDesc.ServiceName, serving) })
 	log.InfoContext(ctx, "Started worker", "bridge_id", c.BridgeID, "backend", c.Name, "version", process.Version())
 	if listening != nil {
 		listening(server.Addrs())

@@ -92,6 +92,9 @@ type Runtime struct {
 	routines sync.WaitGroup
 	draining atomic.Bool
 
+	// wake has an item when settle is due at once.
+	wake chan struct{}
+
 	mu      sync.Mutex // protects keepers
 	keepers map[backend.GrantID]*keeper
 
@@ -124,6 +127,7 @@ func NewRuntime(c RuntimeConfig) (*Runtime, error) {
 		metrics: m,
 		log:     c.Log,
 		process: rand.Text(),
+		wake:    make(chan struct{}, 1),
 		keepers: map[backend.GrantID]*keeper{},
 		sighted: map[sighting]bool{},
 	}, nil
@@ -139,6 +143,7 @@ func (r *Runtime) Env() Env {
 		HostKey:  r.keys.hostKey,
 		Metrics:  r.config.Metrics,
 		Janitor:  r.config.Janitor,
+		TookOver: r.wakeUp,
 	}
 }
 
@@ -163,6 +168,9 @@ func (r *Runtime) Start(ctx context.Context, driver Driver) error {
 	}
 	r.routines.Go(r.sweepForEver)
 	r.routines.Go(r.beatForEver)
+	if _, divided := driver.(Divided); divided {
+		r.routines.Go(r.followOthers)
+	}
 	return nil
 }
 
@@ -219,6 +227,12 @@ func (r *Runtime) takeUp(ctx context.Context, claim ledger.Claim) error {
 	id := backend.GrantID(claim.RequestID)
 	if r.keeper(id) != nil {
 		return nil
+	}
+	if err := r.elsewhere(ctx, id); err != nil {
+		if backenderr.Is(err, backenderr.OtherReplica) {
+			return nil
+		}
+		return err
 	}
 	// Read again: a keeper may have ended the grant since.
 	claim, err := r.config.Ledger.Claim(ctx, claim.RequestID)
@@ -501,7 +515,11 @@ func (r *Runtime) provisioner(ctx context.Context, claim ledger.Claim) (*keeper,
 		return nil, err
 	}
 	if ready != nil {
+		// Also where another replica has it: the answer is in the ledger.
 		return r.keep(claim, ready, phaseWatch, 0), nil
+	}
+	if err := r.elsewhere(ctx, id); err != nil {
+		return nil, err
 	}
 	return r.keep(claim, nil, phaseProvision, 0), nil
 }
@@ -566,7 +584,11 @@ func (r *Runtime) WatchUntilExit(ctx context.Context, handle backend.Handle, emi
 			return callerGone(err)
 		}
 	}
-	return r.watchEnded(ctx, *claim, emit)
+	err = r.watchEnded(ctx, *claim, emit)
+	if k != nil && k.gaveWay() != nil && backenderr.Is(err, backenderr.InstanceNotFound) {
+		return k.gaveWay()
+	}
+	return err
 }
 
 // watchEnded reports a grant that no keeper has.
@@ -579,6 +601,9 @@ func (r *Runtime) watchEnded(ctx context.Context, claim ledger.Claim, emit func(
 	if log == nil || !log.Log.Final {
 		if r.live.Err() != nil {
 			return stopping()
+		}
+		if err := r.elsewhere(ctx, id); err != nil {
+			return err
 		}
 		return backenderr.New(backenderr.InstanceNotFound, "grant %s has no instance at the moment", id)
 	}
@@ -674,6 +699,11 @@ func (r *Runtime) Terminate(ctx context.Context, handle backend.Handle) (backend
 		return backend.Termination{State: backend.StateTerminated}, nil
 	}
 	for {
+		// The grant is closed; the replica that can act learns of it here or from
+		// the ledger.
+		if err := r.elsewhere(ctx, id); err != nil {
+			return backend.Termination{}, err
+		}
 		k := r.keep(*claim, nil, phaseEnd, closureReason(closure))
 		k.end(closureReason(closure))
 		if err := k.wait(ctx); err != nil {
@@ -686,6 +716,9 @@ func (r *Runtime) Terminate(ctx context.Context, handle backend.Handle) (backend
 		t, err := r.terminated(context.WithoutCancel(ctx), id)
 		if err != nil || t.State == backend.StateTerminated {
 			return t, err
+		}
+		if err := k.gaveWay(); err != nil {
+			return backend.Termination{}, err
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
 
@@ -66,6 +67,12 @@ func (r *Runtime) settle(ctx context.Context) error {
 	for _, attempt := range open {
 		if time.Since(attempt.BeganAt) < r.config.OrphanAge || r.keeper(attempt.GrantID) != nil {
 			continue
+		}
+		switch err := r.elsewhere(ctx, attempt.GrantID); {
+		case backenderr.Is(err, backenderr.OtherReplica):
+			continue
+		case err != nil:
+			return err
 		}
 		claim, err := r.config.Ledger.Claim(ctx, ledger.RequestID(attempt.GrantID))
 		if err != nil {

@@ -235,6 +235,9 @@ func (h *Host) leftProcesses(ctx context.Context) ([]string, error) {
 		}
 		group, args := fields[2], strings.Join(fields[3:], " ")
 		program := fields[3]
+		if strings.HasPrefix(program, BridgeDir) && len(fields) > 4 && fields[4] == "lease" {
+			continue // a worker's own that is there, not a grant's
+		}
 		if user >= firstGrantUser || strings.Contains(group, "/cb-") || strings.Contains(group, "/libpod-") ||
 			strings.HasPrefix(program, BridgeDir) || strings.HasSuffix(program, "/conmon") {
 			left = append(left, fmt.Sprintf("process %s: %s", fields[0], args))

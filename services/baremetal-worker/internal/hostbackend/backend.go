@@ -105,6 +105,7 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 		b.byName[hc.Name] = h
 		b.followers.Go(func() { h.follow(life) })
 	}
+	b.followers.Go(func() { b.followElsewhere(life) })
 	if err := b.waitForHosts(ctx); err != nil {
 		return nil, errors.Join(err, b.Close())
 	}
@@ -135,7 +136,7 @@ func (h *host) waitForBoot(ctx context.Context) error {
 		h.mu.Lock()
 		problem, changed := h.problem, h.changed
 		h.mu.Unlock()
-		if problem == nil {
+		if problem == nil || isElsewhere(problem) {
 			return nil
 		}
 		if unfit(problem) {
@@ -222,7 +223,12 @@ func (b *Backend) Terminate(ctx context.Context, id backend.GrantID) (*backend.C
 		return nil, err
 	}
 	for _, h := range hosts {
-		if err := h.clear(ctx, id, true); err != nil {
+		if len(attempts) == 0 && h.elsewhere() != nil {
+			err = h.lacks(ctx, id)
+		} else {
+			err = h.clear(ctx, id, true)
+		}
+		if err != nil {
 			return nil, err
 		}
 	}
@@ -246,7 +252,7 @@ func (b *Backend) hostsOf(id backend.GrantID, attempts []worker.Attempt) ([]*hos
 		// Nobody insists on an end of what perhaps never was: a host that can't
 		// be seen is an answer.
 		for _, h := range b.hosts {
-			if _, err := h.ready(); err != nil {
+			if _, err := h.ready(); err != nil && h.elsewhere() == nil {
 				return nil, err
 			}
 		}

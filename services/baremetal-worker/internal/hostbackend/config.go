@@ -26,6 +26,9 @@ type Config struct {
 	// GuestBinary is the guest for the hosts' architecture. Default: the file
 	// "guest" beside the worker's own program.
 	GuestBinary config.Path `toml:"guest_binary"`
+	// Replica names this process among the replicas of the worker, for people.
+	// Default: the machine's name.
+	Replica string `toml:"replica"`
 	// LenientBoot starts although hosts can't be reached or are unfit; they
 	// join when they come.
 	LenientBoot bool `toml:"lenient_boot"`
@@ -88,6 +91,9 @@ type HostConfig struct {
 	Ports string `toml:"ports"`
 	// CacheGiB bounds the images that are kept beyond those in use.
 	CacheGiB int64 `toml:"cache_gib"`
+	// Standby leaves the host to another replica that wants it: with each host
+	// on standby at all replicas but one, they share the hosts out.
+	Standby bool `toml:"standby"`
 	// FirewalldZone is where ports are opened if firewalld runs; empty: its
 	// default zone.
 	FirewalldZone string `toml:"firewalld_zone"`
@@ -124,6 +130,7 @@ func (c *Config) SetDefaults() {
 	if program, err := os.Executable(); err == nil {
 		c.GuestBinary = config.Path(filepath.Join(filepath.Dir(program), "guest"))
 	}
+	c.Replica, _ = os.Hostname() // it may stay empty
 	c.ConnectTimeout.Duration = defaultConnectTimeout
 	c.ReadyTimeout.Duration = defaultReadyTimeout
 	c.StopGrace.Duration = defaultStopGrace

@@ -27,6 +27,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/firewall"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/hostfs"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/hostlease"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/podman"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/systemd"
@@ -72,6 +73,15 @@ type host struct {
 	images  *imageCache
 
 	restoring sync.Mutex // one restoration of the firewall at a time
+	// turning is held while the host becomes ours, and while its reservations
+	// are taken from the ledger because it isn't.
+	turning sync.Mutex
+
+	leaseMu     sync.Mutex       // protects the next three
+	lease       *hostlease.Lease // of the connection leased; nil before the first
+	leased      uint64
+	leasePulse  chan struct{} // closed and replaced when there is another lease
+	guestNeeded bool          // a connection is to bring the guest; used by follow alone
 
 	mu      sync.Mutex // protects the fields below
 	found   *facts     // nil while the host can't be seen
@@ -102,8 +112,20 @@ func newHost(ctx context.Context, b *Backend, c HostConfig) (*host, error) {
 		}
 		pinned = append(pinned, key.SSH())
 	}
-	h := &host{config: c, backend: b, log: b.log.With("host", c.Name), problem: errors.New("not connected yet"), changed: make(chan struct{})}
-	h.conn, err = sshconn.Open(ctx, sshconn.Config{Name: c.Name, Address: c.Address, User: c.User, Key: signer, HostKeys: pinned}, b.log)
+	h := &host{
+		config: c, backend: b, log: b.log.With("host", c.Name), problem: errors.New("not connected yet"),
+		changed: make(chan struct{}), leasePulse: make(chan struct{}),
+	}
+	lease, err := h.leaseConfig()
+	if err != nil {
+		return nil, err
+	}
+	conn := sshconn.Config{Name: c.Name, Address: c.Address, User: c.User, Key: signer, HostKeys: pinned}
+	if !b.env.Janitor {
+		// The janitor does its work also beside a worker that hangs.
+		conn.First, conn.Admit = lease.Args(), h.admit
+	}
+	h.conn, err = sshconn.Open(ctx, conn, b.log)
 	if err != nil {
 		return nil, err
 	}
@@ -128,28 +150,35 @@ func (h *host) close() {
 	_ = h.conn.Close()
 }
 
-// follow keeps the host in use: whenever the connection is new it takes up what
-// runs there, and then sees whether it is fit for more. It returns when ctx
-// ends.
+// follow keeps the host in use: whenever the connection is new and has the
+// host's lease it takes up what runs there, and then sees whether it is fit for
+// more. It returns when ctx ends.
 func (h *host) follow(ctx context.Context) {
 	for ctx.Err() == nil {
 		state, changed := h.conn.Changed()
 		var again <-chan time.Time
+		var turned <-chan struct{}
 		if !state.Connected {
 			err := state.LastError
 			if err == nil {
 				err = errors.New("not connected yet")
 			}
-			h.setUnseen(err)
-		} else if err := h.bring(ctx, state.Generation); err != nil {
-			pause := retryProbe
-			if unfit(err) {
-				pause = retryUnfit
+			if _, problem := h.known(); !errors.As(problem, new(*leaseError)) {
+				h.setUnseen(err)
 			}
-			again = time.After(pause)
+		} else {
+			var err error
+			if turned, err = h.turn(ctx, state.Generation); err != nil {
+				pause := retryProbe
+				if unfit(err) {
+					pause = retryUnfit
+				}
+				again = time.After(pause)
+			}
 		}
 		select {
 		case <-changed:
+		case <-turned:
 		case <-again:
 		case <-ctx.Done():
 		}
@@ -159,7 +188,7 @@ func (h *host) follow(ctx context.Context) {
 
 var errStopping = errors.New("the worker is stopping")
 
-// bring brings a connected host into use, as far as that isn't done yet.
+// bring brings a host that is ours into use, as far as that isn't done yet.
 func (h *host) bring(ctx context.Context, generation uint64) error {
 	found, problem := h.known()
 	if found != nil && found.generation == generation && problem == nil {
@@ -189,13 +218,14 @@ func (h *host) bring(ctx context.Context, generation uint64) error {
 	}
 	err := h.check(ctx, found)
 	h.setSeen(found, err)
+	h.backend.tookOver()
 	return err
 }
 
 func unfit(err error) bool {
 	var mismatch *sshconn.HostKeyMismatchError
 	var auth *sshconn.AuthError
-	return errors.As(err, &mismatch) || errors.As(err, &auth) || backenderr.Is(err, backenderr.HostUnfit, backenderr.ClockSkew)
+	return errors.As(err, &mismatch) || errors.As(err, &auth) || errors.As(err, new(*leaseError)) || backenderr.Is(err, backenderr.HostUnfit, backenderr.ClockSkew)
 }
 
 // known returns what is known of the host, nil if it can't be seen, and what is
@@ -222,6 +252,8 @@ func (h *host) setUnseen(err error) { h.set(nil, err) }
 func (h *host) set(found *facts, problem error) {
 	switch {
 	case problem == nil:
+	case isElsewhere(problem):
+		h.backend.inventory.SetElsewhere(h.config.Name, problem.Error())
 	case unfit(problem):
 		h.backend.inventory.SetUnfit(h.config.Name, problem.Error())
 	default:
@@ -257,14 +289,18 @@ func (h *host) ready() (*facts, error) {
 	return found, nil
 }
 
-// wait blocks until the host's grants can be seen and ended.
+// wait blocks until the host's grants can be seen and ended. While another
+// replica has the host it fails with OTHER_REPLICA.
 func (h *host) wait(ctx context.Context) error {
 	for {
 		h.mu.Lock()
 		found, problem, changed := h.found, h.problem, h.changed
 		h.mu.Unlock()
-		if found != nil {
+		switch {
+		case found != nil:
 			return nil
+		case isElsewhere(problem):
+			return h.unavailable(problem)
 		}
 		select {
 		case <-changed:
@@ -277,6 +313,9 @@ func (h *host) wait(ctx context.Context) error {
 }
 
 func (h *host) unavailable(err error) error {
+	if isElsewhere(err) {
+		return backenderr.Wrap(backenderr.OtherReplica, err, "host %s", h.config.Name).WithRetryAfter(retryElsewhere)
+	}
 	reason := backenderr.ProviderUnavailable
 	if unfit(err) {
 		reason = backenderr.HostUnfit
@@ -519,6 +558,8 @@ func (h *host) missingPrograms(ctx context.Context) ([]string, error) {
 // takeUp restores the reservations of the grants that are on the host, or may
 // be, and lets go of those that no longer are.
 func (h *host) takeUp(ctx context.Context) error {
+	h.turning.Lock()
+	defer h.turning.Unlock()
 	// Only what was held, and not being worked on, before the look can be found
 	// missing by it.
 	var settled []backend.GrantID

@@ -40,6 +40,11 @@ func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Rea
 	defer b.work(id)()
 	a, err := b.begin(ctx, order.Grant)
 	if err == nil && a.touched {
+		if h := b.byName[a.params.Host]; h != nil {
+			if err := h.elsewhere(); err != nil {
+				return worker.Ready{}, err
+			}
+		}
 		a, err = b.finishUndo(ctx, order.Grant, a)
 	}
 	if err != nil {
@@ -51,16 +56,23 @@ func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Rea
 	}
 	h.images.use(id, a.params.Image)
 	ready, err := h.provision(ctx, order, a)
-	if err != nil {
-		return worker.Ready{}, b.undo(ctx, h, id, a, err)
+	if err == nil {
+		return ready, nil
 	}
-	return ready, nil
+	err = b.undo(ctx, h, id, a, err)
+	if other := h.elsewhere(); other != nil && backenderr.CreatedOf(err) == backenderr.CreatedUnknown {
+		// The replica that has the host now goes on with the attempt.
+		return worker.Ready{}, backenderr.Wrap(backenderr.OtherReplica, err, "%s", other).WithRetryAfter(retryElsewhere)
+	}
+	return worker.Ready{}, err
 }
 
 // finishUndo returns the open attempt, or, if it has ended meanwhile, undoes it
 // and begins another: an undo that failed, or whose process ended, or a workload
 // that ended before anybody was told that it was ready. What has the mark of an
-// end never starts.
+// end never starts. Nor does an attempt of which the host has nothing: another
+// replica may have undone it that was stopped just before it could say so, and
+// would say so now.
 func (b *Backend) finishUndo(ctx context.Context, grant backend.Grant, a *attempt) (*attempt, error) {
 	h := b.byName[a.params.Host]
 	if h == nil {
@@ -70,7 +82,9 @@ func (b *Backend) finishUndo(ctx context.Context, grant backend.Grant, a *attemp
 	case err != nil:
 		return nil, err
 	case !marked:
-		return a, nil
+		if there, err := h.fs.Exists(ctx, h.backend.dirs.grant(grant.ID)); err != nil || there {
+			return a, err
+		}
 	}
 	b.log.InfoContext(ctx, "Finishing the undoing of an attempt", "grant_id", grant.ID.String(), "host", h.config.Name, "attempt", a.number)
 	if err := h.clear(ctx, grant.ID, false); err != nil {
@@ -101,6 +115,9 @@ func (b *Backend) begin(ctx context.Context, grant backend.Grant) (*attempt, err
 	if n := len(attempts); n > 0 && !attempts[n-1].Gone {
 		return b.resume(attempts[n-1], true)
 	}
+	if r, ok := b.inventory.Get(grant.ID); ok && b.byName[r.Host].elsewhere() != nil {
+		b.inventory.Release(grant.ID) // what another replica held for it is over
+	}
 	reservation, err := b.inventory.Reserve(grant.ID, needOf(grant))
 	if err != nil {
 		return nil, err
@@ -123,7 +140,7 @@ func (b *Backend) begin(ctx context.Context, grant backend.Grant) (*attempt, err
 		}
 		return nil, none(err)
 	}
-	return b.resume(begun, false)
+	return b.resume(begun, !begun.New)
 }
 
 func (b *Backend) resume(a worker.Attempt, touched bool) (*attempt, error) {
@@ -167,6 +184,7 @@ func (h *host) provision(ctx context.Context, order worker.Order, a *attempt) (w
 	if err != nil {
 		return worker.Ready{}, err
 	}
+	ctx = sshconn.Bind(ctx, found.generation)
 	id := order.Grant.ID
 	w := h.workload(found, order.Grant, a)
 	private, public, err := h.backend.env.HostKey(id, a.number)

@@ -32,6 +32,11 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 			return err
 		}
 	}
+	found, err := h.ready()
+	if err != nil {
+		return err
+	}
+	ctx = sshconn.Bind(ctx, found.generation)
 	dir := h.backend.dirs.grant(id)
 	r, err := h.recordOrIntent(ctx, id)
 	recorded := err == nil

@@ -28,6 +28,8 @@ type Config struct {
 	File string
 	// Name is the worker's own, for people.
 	Name string
+	// After is how long a free lease is left to others that may want it first.
+	After time.Duration
 	// TTL is how long the worker may be silent. Default is the guest's.
 	TTL time.Duration
 }
@@ -48,7 +50,9 @@ const maxLine = 4096
 // Args is the command to run on the host. Its input and output are the stream
 // for [Start]. It waits for another holder to go.
 func (c Config) Args() []string {
-	return []string{c.Guest, "lease", "-file", c.File, "-holder", guestapi.LeaseHolderName(c.Name), "-ttl", c.ttl().String(), "-wait"}
+	return []string{
+		c.Guest, "lease", "-file", c.File, "-holder", guestapi.LeaseHolderName(c.Name), "-ttl", c.ttl().String(), "-wait", "-after", c.After.String(),
+	}
 }
 
 // State is where a lease stands.

@@ -265,6 +265,19 @@ func TestLease(t *testing.T) {
 		}
 	})
 
+	t.Run("AStandbyLeavesItToOthersFirst", func(t *testing.T) {
+		a, b := connect(t, h), connect(t, h)
+		cfg := Config{Guest: guestPath, File: leaseFile, Name: "standby", TTL: ttl, After: ttl}
+		conn, _ := a.start("'" + strings.Join(cfg.Args(), "' '") + "'")
+		standby := Start(cfg, conn)
+		t.Cleanup(standby.Close)
+		await(t, standby, Waiting)
+		first := b.lease("b")
+		await(t, first, Held)
+		first.Close()
+		await(t, standby, Held)
+	})
+
 	t.Run("ASilentWorkerIsCutOff", func(t *testing.T) {
 		a, b := connect(t, h), connect(t, h)
 		conn, _ := a.start(guestPath + " lease -file " + leaseFile + " -holder silent -ttl " + ttl.String())

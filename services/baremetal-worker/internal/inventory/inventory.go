@@ -25,6 +25,9 @@ import (
 // a short grant may last.
 const retryFull = 30 * time.Second
 
+// retryElsewhere is when a caller may ask for another replica again.
+const retryElsewhere = 500 * time.Millisecond
+
 // Host is a host as the operator declares it.
 type Host struct {
 	Name     string
@@ -62,6 +65,9 @@ type host struct {
 	// an operator must act, not only wait.
 	problem string
 	unfit   bool
+	// elsewhere says that another replica of the worker has it, as problem tells:
+	// what the host holds is known, and it takes grants, but not from here.
+	elsewhere bool
 
 	used  backend.Shape
 	held  map[backend.GrantID]Reservation
@@ -93,20 +99,25 @@ func New(hosts []Host) *Inventory {
 }
 
 // SetUsable says that new grants may be placed on a host.
-func (inv *Inventory) SetUsable(name string) { inv.set(name, "", false) }
+func (inv *Inventory) SetUsable(name string) { inv.set(name, "", false, false) }
 
 // SetUnreachable says that a host can't be seen at the moment. What it holds
 // stays reserved: unreachable isn't dead.
-func (inv *Inventory) SetUnreachable(name, why string) { inv.set(name, why, false) }
+func (inv *Inventory) SetUnreachable(name, why string) { inv.set(name, why, false, false) }
 
 // SetUnfit says that a host lacks something that an operator must mend.
-func (inv *Inventory) SetUnfit(name, why string) { inv.set(name, why, true) }
+func (inv *Inventory) SetUnfit(name, why string) { inv.set(name, why, true, false) }
 
-func (inv *Inventory) set(name, problem string, unfit bool) {
+// SetElsewhere says that another replica of the worker has a host. It counts as
+// what the worker has, all replicas together, and nothing is placed there by
+// this one.
+func (inv *Inventory) SetElsewhere(name, why string) { inv.set(name, why, false, true) }
+
+func (inv *Inventory) set(name, problem string, unfit, elsewhere bool) {
 	inv.mu.Lock()
 	defer inv.mu.Unlock()
 	if h := inv.byName[name]; h != nil {
-		h.problem, h.unfit = problem, unfit
+		h.problem, h.unfit, h.elsewhere = problem, unfit, elsewhere
 	}
 }
 
@@ -157,6 +168,7 @@ func (h *host) tooSmallFor(n Need) string {
 // reserves it. A grant that holds a reservation gets the same one again.
 //
 // Reasons: GRANT_NOT_SATISFIABLE when no host could ever hold it,
+// OTHER_REPLICA when only hosts have room that another replica has,
 // CAPACITY_EXHAUSTED or WORKER_FULL when hosts are full, PROVIDER_UNAVAILABLE
 // when only hosts that can't be seen have room, HOST_UNFIT when only hosts that
 // need an operator do. Nothing is created in any case.
@@ -166,7 +178,7 @@ func (inv *Inventory) Reserve(id backend.GrantID, n Need) (Reservation, error) {
 	if h := inv.byGrant[id]; h != nil {
 		return h.held[id].clone(), nil
 	}
-	var full, slotless, unseen, unfit []string
+	var full, slotless, elsewhere, unseen, unfit []string
 	for _, h := range inv.hosts {
 		if (n.Region != "" && n.Region != h.Region) || h.tooSmallFor(n) != "" {
 			continue
@@ -178,6 +190,8 @@ func (inv *Inventory) Reserve(id backend.GrantID, n Need) (Reservation, error) {
 			slotless = append(slotless, h.Name)
 		case !n.Shape.Fits(h.Capacity.Sub(h.used)) || len(ports) < n.Ports:
 			full = append(full, h.Name)
+		case h.elsewhere:
+			elsewhere = append(elsewhere, h.Name+": "+h.problem)
 		case h.unfit:
 			unfit = append(unfit, h.Name+": "+h.problem)
 		case h.problem != "":
@@ -189,6 +203,10 @@ func (inv *Inventory) Reserve(id backend.GrantID, n Need) (Reservation, error) {
 		}
 	}
 	switch {
+	case len(elsewhere) > 0:
+		// What exists is unknown: the other replica may be at work for it.
+		return Reservation{}, refuse(backenderr.OtherReplica, "only another replica's host has room:", elsewhere).
+			WithCreated(backenderr.CreatedUnknown).WithRetryAfter(retryElsewhere)
 	case len(unseen) > 0:
 		return Reservation{}, refuse(backenderr.ProviderUnavailable, "no reachable host has room", unseen).WithRetryAfter(retryFull)
 	case len(full) > 0:
@@ -335,8 +353,10 @@ func (inv *Inventory) Regions() (regions []Region, problems []string) {
 		r.Active += int64(len(h.held))
 		r.MaxInstances += int64(h.MaxInstances)
 		if h.problem != "" {
-			r.Problem++
 			problems = append(problems, fmt.Sprintf("host %s: %s", h.Name, h.problem))
+		}
+		if h.problem != "" && !h.elsewhere {
+			r.Problem++
 			continue
 		}
 		r.Reachable++

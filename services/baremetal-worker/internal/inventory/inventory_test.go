@@ -220,3 +220,34 @@ func BenchmarkReserveRelease(b *testing.B) {
 		inv.Release(id(9999))
 	}
 }
+
+func TestAHostOfAnotherReplicaCountsAndTakesNothingFromHere(t *testing.T) {
+	inv := usable(small("a"), small("b"))
+	if _, err := inv.Reserve(id(1), need(3000)); err != nil {
+		t.Fatal(err)
+	}
+	inv.SetElsewhere("b", "held by w2")
+	inv.Restore(Reservation{Grant: id(2), Host: "b", Shape: need(1000).Shape, Ports: []uint16{40000}})
+	regions, problems := inv.Regions()
+	if got := regions[0]; got.Free.CPU != 4000 || got.Active != 2 || got.LargestFree.CPU != 3000 {
+		t.Errorf("%+v; want what all replicas have", got)
+	}
+	if diff := cmp.Diff([]string{"host b: held by w2"}, problems); diff != "" {
+		t.Error(diff)
+	}
+	_, err := inv.Reserve(id(3), need(3000))
+	if !backenderr.Is(err, backenderr.OtherReplica) || backenderr.CreatedOf(err) != backenderr.CreatedUnknown || backenderr.From(err).RetryAfter <= 0 {
+		t.Errorf("a grant that only the other replica has room for: %v", err)
+	}
+	// No replica has room: a clean refusal, whoever is asked.
+	if _, err := inv.Reserve(id(3), need(3500)); !backenderr.Is(err, backenderr.CapacityExhausted) || backenderr.CreatedOf(err) != backenderr.CreatedNone {
+		t.Errorf("a grant that nobody has room for: %v", err)
+	}
+	if r, err := inv.Reserve(id(4), need(1000)); err != nil || r.Host != "a" {
+		t.Errorf("%+v, %v; want the host that is ours", r, err)
+	}
+	inv.SetUsable("b")
+	if r, err := inv.Reserve(id(3), need(3000)); err != nil || r.Host != "b" {
+		t.Errorf("%+v, %v; want the host that was taken over", r, err)
+	}
+}

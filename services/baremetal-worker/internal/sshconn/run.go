@@ -90,7 +90,7 @@ func (c *Conn) Run(ctx context.Context, cmd Command) (Result, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	l, err := c.current()
+	l, err := c.current(ctx)
 	if err != nil {
 		return Result{}, err
 	}

@@ -86,6 +86,10 @@ type Config struct {
 	// connection, before anything else is done over it. An error closes it. It
 	// is for who must be able to end on the host all that this connection does.
 	Admit func(ctx context.Context, sshd int) error
+	// First is a program that runs as the first session of every connection, on
+	// the main one, for as long as that lives; none if empty. See [Conn.First].
+	// With one, a connection is closed to everything else until [Conn.Allow].
+	First []string
 	// Dial opens the TCP connection; the default is a net.Dialer.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 }
@@ -158,6 +162,8 @@ func setUserTimeout(conn net.Conn, d time.Duration) {
 type State struct {
 	// Connected is whether there is a connection now.
 	Connected bool
+	// Closed is whether the connection may not be used yet, see [Conn.Allow].
+	Closed bool
 	// Generation counts the connections made so far; it changes whenever
 	// everything that was open on the old one is gone.
 	Generation uint64
@@ -210,6 +216,11 @@ type link struct {
 
 	sftpMu sync.Mutex
 	sftp   *sftp.Client
+
+	// first is the stream of the program that runs first, nil if there is none.
+	first  *firstStream
+	closed bool // until allowed; protected by the Conn's mu
+	atOnce bool // to be dialled again without a pause; protected by the Conn's mu
 
 	// noForward has the paths of unix sockets that sshd refuses to forward.
 	noForward sync.Map
@@ -296,11 +307,15 @@ func (c *Conn) Wait(ctx context.Context) error {
 	}
 }
 
-// current returns the connection, or why there is none.
-func (c *Conn) current() (*link, error) {
+// current returns the connection, or why there is none that ctx may use.
+func (c *Conn) current(ctx context.Context) (*link, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
+	case c.link != nil && c.link.closed && !isUngated(ctx):
+		return nil, backenderr.New(backenderr.ProviderUnavailable, "host %s: the connection may not be used", c.cfg.Name)
+	case c.link != nil && !isBound(ctx, c.link.generation):
+		return nil, backenderr.New(backenderr.ProviderUnavailable, "host %s: connection lost, and made again meanwhile", c.cfg.Name)
 	case c.link != nil:
 		return c.link, nil
 	case c.closed:
@@ -350,6 +365,10 @@ func (c *Conn) manage(ctx context.Context) {
 			if ctx.Err() != nil {
 				return
 			}
+			if l.atOnce {
+				c.log.InfoContext(ctx, "Connecting to host again", "generation", l.generation)
+				continue
+			}
 			c.log.WarnContext(ctx, "Lost connection to host", "error", err, "generation", l.generation)
 			// One that held for a while was a good one: start over quickly.
 			if time.Since(began) > c.cfg.BackoffMax {
@@ -386,7 +405,7 @@ func (c *Conn) dial(ctx context.Context) (*link, error) {
 	c.made++
 	generation := c.made
 	c.mu.Unlock()
-	return &link{
+	l := &link{
 		wire:       w,
 		generation: generation,
 		done:       make(chan struct{}),
@@ -394,7 +413,16 @@ func (c *Conn) dial(ctx context.Context) (*link, error) {
 		sessions:   make(chan struct{}, c.cfg.MaxSessions),
 		long:       make(chan struct{}, max(1, c.cfg.MaxSessions/2)),
 		streams:    make(chan struct{}, maxStreams),
-	}, nil
+	}
+	if len(c.cfg.First) == 0 {
+		return l, nil
+	}
+	l.closed = true
+	if err := c.startFirst(ctx, l); err != nil {
+		_ = w.transport.Close()
+		return nil, err
+	}
+	return l, nil
 }
 
 // dialWire makes one SSH connection.
@@ -496,7 +524,7 @@ func (c *Conn) hold(ctx context.Context, l *link) error {
 	c.link = l
 	c.mu.Unlock()
 	c.setState(func(s *State) {
-		s.Connected, s.Generation, s.ServerVersion = true, l.generation, string(l.client.ServerVersion())
+		s.Connected, s.Closed, s.Generation, s.ServerVersion = true, l.closed, l.generation, string(l.client.ServerVersion())
 	})
 
 	lost := make(chan error, 1)
@@ -568,7 +596,7 @@ func (c *Conn) ping(ctx context.Context, w *wire) error {
 
 // Ping measures one round trip to sshd.
 func (c *Conn) Ping(ctx context.Context) (time.Duration, error) {
-	l, err := c.current()
+	l, err := c.current(ctx)
 	if err != nil {
 		return 0, err
 	}

@@ -469,3 +469,68 @@ func BenchmarkConnection(b *testing.B) {
 		}
 	})
 }
+
+func TestTheFirstProgramHasASessionOfEveryConnection(t *testing.T) {
+	t.Parallel()
+	host := lab.NewHost(t, lab.HostOptions{SSHDConfig: []string{"MaxSessions 1"}})
+	cfg := config(host)
+	cfg.First = []string{"sh", "-c", `echo "it's $1" >&2; exec cat`, "sh", "first"}
+	conn := connect(t, cfg)
+	for range 2 {
+		wait(t, conn)
+		state := conn.State()
+		stream, err := conn.First(state.Generation)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(stream, "hello\n"); err != nil {
+			t.Fatal(err)
+		}
+		if line, err := bufio.NewReader(stream).ReadString('\n'); err != nil || line != "hello\n" {
+			t.Errorf("%q, %v", line, err)
+		}
+		for deadline := time.Now().Add(20 * time.Second); stream.Why() != "it's first"; <-time.After(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("standard error is %q", stream.Why())
+			}
+		}
+		// Until it is allowed, it takes nothing else.
+		run := func(ctx context.Context) error {
+			_, err := conn.Run(ctx, sshconn.Command{Args: []string{"true"}})
+			return err
+		}
+		if err := run(t.Context()); !backenderr.Is(err, backenderr.ProviderUnavailable) || !state.Closed {
+			t.Errorf("used before it was allowed: %v", err)
+		}
+		if err := run(sshconn.Ungated(t.Context())); err != nil {
+			t.Errorf("a look: %v", err)
+		}
+		conn.Allow(state.Generation + 1)
+		if err := run(t.Context()); err == nil {
+			t.Error("allowed by the word for another")
+		}
+		conn.Allow(state.Generation)
+		if conn.State().Closed {
+			t.Error("still closed")
+		}
+		if err := run(sshconn.Bind(t.Context(), state.Generation+1)); !backenderr.Is(err, backenderr.ProviderUnavailable) {
+			t.Errorf("used by what is bound to another: %v", err)
+		}
+		if err := run(sshconn.Bind(t.Context(), state.Generation)); err != nil {
+			t.Errorf("used by what is bound to it: %v", err)
+		}
+		// The first program doesn't keep others from their sessions.
+		if result, err := conn.Run(t.Context(), sshconn.Command{Args: []string{"true"}}); err != nil || result.ExitCode != 0 {
+			t.Errorf("%+v, %v", result, err)
+		}
+		conn.Cut(state.Generation+1, true) // another one
+		if _, err := conn.First(state.Generation + 1); err == nil {
+			t.Error("a connection that isn't there has a first program")
+		}
+		conn.Cut(state.Generation, true)
+		waitState(t, conn, "another", func(s sshconn.State) bool { return s.Connected && s.Generation > state.Generation })
+		if _, err := io.ReadAll(stream); err != nil && !errors.Is(err, io.EOF) {
+			t.Logf("the old stream ended: %v", err)
+		}
+	}
+}

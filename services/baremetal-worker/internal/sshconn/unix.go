@@ -44,7 +44,7 @@ func bridges(path string) []string {
 // The connection ends with the SSH connection. It has no deadlines: close it
 // to unblock a read.
 func (c *Conn) DialUnix(ctx context.Context, path string) (net.Conn, error) {
-	l, err := c.current()
+	l, err := c.current(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -161,7 +161,7 @@ func (s *streamConn) SetWriteDeadline(time.Time) error {
 // if need be. Don't close it. A call on it fails when the connection is lost;
 // the next SFTP opens another.
 func (c *Conn) SFTP(ctx context.Context) (*sftp.Client, error) {
-	l, err := c.current()
+	l, err := c.current(ctx)
 	if err != nil {
 		return nil, err
 	}

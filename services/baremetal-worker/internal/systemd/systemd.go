@@ -123,7 +123,7 @@ func (c *Client) manage(ctx context.Context) {
 	pause := retryMin
 	for ctx.Err() == nil {
 		state, changed := c.conn.Changed()
-		if !state.Connected {
+		if !state.Connected || state.Closed {
 			select {
 			case <-changed:
 			case <-ctx.Done():

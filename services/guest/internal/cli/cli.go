@@ -49,7 +49,7 @@ On the host:
                                   print algorithm, hex digest and size as JSON
   guest spool -dir DIR -unit NAME [-ifname IF -table TABLE]
                                   record an ended grant's usage; for ExecStopPost
-  guest lease -file FILE -holder NAME [-wait] [-ttl 5s]
+  guest lease -file FILE -holder NAME [-wait [-after 0s]] [-ttl 5s]
                                   hold a lock for as long as the worker at the other end of this SSH session gives
                                   signs of life on standard input, then end its connection
 
@@ -215,6 +215,7 @@ func runLease(ctx context.Context, args []string, std Streams, logger *slog.Logg
 	flags.StringVar(&req.File, "file", "", "`file` to lock")
 	flags.StringVar(&req.Holder, "holder", "", "`name` of the worker, for people")
 	flags.BoolVar(&req.Wait, "wait", false, "wait for another holder to go")
+	flags.DurationVar(&req.After, "after", 0, "with -wait, how long to leave it to others first")
 	flags.DurationVar(&req.TTL, "ttl", guestapi.DefaultLeaseTTL, "how long the worker may be silent")
 	if code, ok := parse(flags, args, std, 0); !ok {
 		return code

@@ -39,6 +39,8 @@ type Request struct {
 	Holder string
 	// Wait waits for another holder to go.
 	Wait bool
+	// After is how long a lease that is free is left to others that may want it first.
+	After time.Duration
 	// TTL is how long the worker may be silent.
 	TTL time.Duration
 }
@@ -58,7 +60,11 @@ func Run(ctx context.Context, req Request, in io.Reader, out io.Writer, log *slo
 	l := &lease{req: req, servers: []*server{own}, log: log, out: make(chan string, unread)}
 	locked := make(chan error, 1)
 	waiting := false
-	l.file, err = lock(req.File, false)
+	if req.After > 0 && req.Wait {
+		err = unix.EWOULDBLOCK
+	} else {
+		l.file, err = lock(req.File, false)
+	}
 	switch {
 	case err == nil:
 		locked <- nil
@@ -70,6 +76,7 @@ func Run(ctx context.Context, req Request, in io.Reader, out io.Writer, log *slo
 	default:
 		waiting = true
 		go func() {
+			time.Sleep(req.After)
 			var err error
 			l.file, err = lock(req.File, true)
 			locked <- err
