@@ -124,9 +124,10 @@ func newPostgresDialect(dsn string, password redact.Secret, waiting time.Duratio
 	}
 	config.RuntimeParams["lock_timeout"] = milliseconds(waiting)
 	config.RuntimeParams["statement_timeout"] = milliseconds(2 * waiting)
-	// A process that hangs in the middle of a transaction keeps nobody out of
-	// the grant.
-	config.RuntimeParams["idle_in_transaction_session_timeout"] = milliseconds(2 * waiting)
+	// A process that hangs in the middle of a transaction, or whose connection is
+	// dead and doesn't say so, keeps others out of its grant for less than they
+	// wait.
+	config.RuntimeParams["idle_in_transaction_session_timeout"] = milliseconds(waiting * 4 / 5)
 	config.RuntimeParams["client_connection_check_interval"] = milliseconds(time.Second)
 	return postgresDialect{config: *config, waiting: waiting, texts: &sync.Map{}}, nil
 }
