@@ -46,6 +46,7 @@ type channel struct {
 
 	fromWorker, fromHost sync.WaitGroup
 	held                 sync.WaitGroup // slow calls that others may overtake
+	begun                chan struct{}  // closed when the worker knows that the channel's stream has begun, or won't
 	stderr               chan struct{}  // closed when the host's standard error has ended
 	dropping             bool           // the rest of a refused request; of the goroutine that reads the worker
 
@@ -69,10 +70,13 @@ func (c *channel) start() {
 	})
 }
 
-// run forwards the channel's requests until both sides have closed it.
-func (c *channel) run(fromWorker, fromHost <-chan *ssh.Request) {
+// run forwards the channel's requests until both sides have closed it. A session
+// has to be begun by one of them.
+func (c *channel) run(fromWorker, fromHost <-chan *ssh.Request, session bool) {
 	var over sync.WaitGroup
 	over.Go(func() {
+		// A short command may have ended before the worker was told that it began.
+		<-c.begun
 		for r := range fromHost {
 			if c.ended(r) {
 				continue
@@ -84,14 +88,20 @@ func (c *channel) run(fromWorker, fromHost <-chan *ssh.Request) {
 			_ = c.down.Close()
 		}
 	})
+	begun := sync.OnceFunc(func() { close(c.begun) })
+	if !session {
+		begun()
+	}
 	for r := range fromWorker {
 		switch r.Type {
 		case "exec", "subsystem", "shell":
 			c.begin(r)
+			begun()
 		default:
 			c.forward(r, c.up)
 		}
 	}
+	begun()
 	c.fromWorker.Wait()
 	if c.link.gate() == nil {
 		_ = c.up.Close()

@@ -362,14 +362,15 @@ func (l *link) forward(opened ssh.NewChannel, to ssh.Conn, worker bool) {
 		go ssh.DiscardRequests(upRequests)
 		return
 	}
-	c := &channel{link: l, down: down, up: up, pending: map[uint32]*Injection{}, stderr: make(chan struct{})}
+	c := &channel{link: l, down: down, up: up, pending: map[uint32]*Injection{}, begun: make(chan struct{}), stderr: make(chan struct{})}
 	if worker && opened.ChannelType() == "direct-streamlocal@openssh.com" {
 		c.understand(socketProtocol(opened.ExtraData()))
 	}
-	if opened.ChannelType() != "session" || !worker {
+	session := worker && opened.ChannelType() == "session"
+	if !session {
 		c.start()
 	}
-	c.run(downRequests, upRequests)
+	c.run(downRequests, upRequests, session)
 }
 
 // socketProtocol returns what is spoken on a unix socket that a channel is to be

@@ -591,3 +591,14 @@ func newKey() (ed25519.PublicKey, ssh.Signer, error) {
 	signer, err := ssh.NewSignerFromKey(private)
 	return public, signer, err
 }
+
+// The end of a command that is over at once must not overtake the answer that it
+// has begun.
+func TestTapKeepsTheOrderOfShortCommands(t *testing.T) {
+	s := newTapped(t)
+	for n := range 300 {
+		if _, _, code := s.run("exit 3", ""); code != 3 {
+			t.Fatalf("command %d: %d", n, code)
+		}
+	}
+}
