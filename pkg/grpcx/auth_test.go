@@ -162,3 +162,35 @@ func TestPassCallerAddsAHop(t *testing.T) {
 		}
 	}
 }
+
+// A fence shuts out every call below it: only routers may send one.
+func TestFencesAreForRouters(t *testing.T) {
+	t.Parallel()
+	a := newAuthenticator([]ClientEntry{{Identity: "router", Role: "client", Router: true}, {Identity: "client", Role: "client"}})
+	for name, c := range map[string]struct {
+		peer, sent string
+		want       uint64
+		reason     backenderr.Reason
+	}{
+		"of a router":      {"router", "7", 7, ""},
+		"of a client":      {"client", "7", 0, backenderr.CallerDenied},
+		"of a stranger":    {"eve", "7", 0, backenderr.CallerUnauthenticated},
+		"the highest":      {"router", "4611686018427387904", 1 << 62, ""},
+		"above that":       {"router", "4611686018427387905", 0, backenderr.RequestInvalid},
+		"zero":             {"router", "0", 0, backenderr.RequestInvalid},
+		"negative":         {"router", "-1", 0, backenderr.RequestInvalid},
+		"no number at all": {"router", "seven", 0, backenderr.RequestInvalid},
+	} {
+		ctx, err := a.authenticate(calling(t, c.peer, metaFence, c.sent), bridgev1.BackendService_Provision_FullMethodName)
+		if got := backenderr.ReasonOf(err); got != c.reason {
+			t.Errorf("%s: %v, want %q", name, err, c.reason)
+		}
+		if err == nil && backend.FenceFrom(ctx) != c.want {
+			t.Errorf("%s: fence %d, want %d", name, backend.FenceFrom(ctx), c.want)
+		}
+	}
+	out, _ := metadata.FromOutgoingContext(PassCaller(backend.WithFence(t.Context(), 9)))
+	if got := first(out, metaFence); got != "9" {
+		t.Errorf("fence 9 is passed on as %q", got)
+	}
+}
