@@ -3,6 +3,7 @@ package worker
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"slices"
 	"strings"
 
@@ -10,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/backendgrpc"
 	bridgev1 "github.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1"
 )
@@ -90,21 +92,29 @@ func (s *operatorServer) SetDraining(_ context.Context, req *bridgev1.SetDrainin
 
 // Sweep implements OperatorService.
 func (s *operatorServer) Sweep(ctx context.Context, req *bridgev1.SweepRequest) (*bridgev1.SweepResponse, error) {
-	found, err := s.runtime.Sweep(ctx, req.GetDryRun())
+	if name := req.GetBackend(); name != "" && name != s.runtime.config.Backend {
+		return nil, backendgrpc.StatusError(backenderr.Invalid(backenderr.RequestInvalid, backenderr.Violation{
+			Field: "backend", Description: fmt.Sprintf("this is the worker %q; it knows no %q", s.runtime.config.Backend, name),
+		}))
+	}
+	found, blind, err := s.runtime.sweep(ctx, req.GetDryRun())
 	if err != nil {
 		return nil, backendgrpc.StatusError(err)
 	}
-	res := &bridgev1.SweepResponse{}
+	res := &bridgev1.SweepResponse{Blind: blind}
 	for _, f := range found {
 		p := &bridgev1.SweptResource{
 			RequestId: f.Resource.GrantID[:], Attempt: f.Resource.Attempt, InstanceId: string(f.Resource.InstanceID),
-			Why: f.Why, Deleted: f.Deleted,
+			Why: f.Why, Deleted: f.Deleted, Placement: f.Resource.Placement,
 		}
 		if f.Err != nil {
 			p.Error = f.Err.Error()
 		}
 		if !f.Resource.CreatedAt.IsZero() {
 			p.CreatedAt = timestamppb.New(f.Resource.CreatedAt)
+		}
+		if !f.Resource.ValidTo.IsZero() {
+			p.ValidTo = timestamppb.New(f.Resource.ValidTo)
 		}
 		res.Resources = append(res.Resources, p)
 	}

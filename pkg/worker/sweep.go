@@ -95,12 +95,18 @@ func (r *Runtime) settle(ctx context.Context) error {
 // its deadline stays, even if this ledger has never heard of it: the ledger may
 // be an older copy.
 func (r *Runtime) Sweep(ctx context.Context, dryRun bool) ([]Swept, error) {
+	out, _, err := r.sweep(ctx, dryRun)
+	return out, err
+}
+
+// sweep is Sweep, and names what of the provider could not be seen.
+func (r *Runtime) sweep(ctx context.Context, dryRun bool) (_ []Swept, blind []string, _ error) {
 	r.sweeping.Lock()
 	defer r.sweeping.Unlock()
 	// The provider first: what is made after this list isn't judged by it.
 	listing, err := r.driver.List(ctx)
 	if err != nil {
-		return nil, fmt.Errorf("list what exists: %w", err)
+		return nil, nil, fmt.Errorf("list what exists: %w", err)
 	}
 	now := time.Now()
 	found := map[sighting]bool{}
@@ -111,7 +117,7 @@ func (r *Runtime) Sweep(ctx context.Context, dryRun bool) ([]Swept, error) {
 		}
 		why, err := r.judge(ctx, resource, now)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if why == "" {
 			continue
@@ -132,7 +138,7 @@ func (r *Runtime) Sweep(ctx context.Context, dryRun bool) ([]Swept, error) {
 		r.sighted = found
 	}
 	r.metrics.suspects(len(out))
-	return out, nil
+	return out, listing.Blind, nil
 }
 
 // judge says why a resource should not exist, "" if it may.

@@ -60,7 +60,7 @@ func TestGrpcurlNeedsNoMoreThanReflection(t *testing.T) {
 		address  []string
 		services []string
 	}{
-		"router":            {market, []string{b.RouterAddr()}, []string{"BackendService", "InventoryService", "FleetService"}},
+		"router":            {market, []string{b.RouterAddr()}, []string{"BackendService", "InventoryService", "FleetService", "OperatorService"}},
 		"router's socket":   {"", []string{"-unix", b.RouterSocket()}, []string{"BackendService", "InventoryService", "FleetService"}},
 		"worker":            {operator, []string{worker.Addr()}, []string{"BackendService", "InventoryService", "OperatorService"}},
 		"worker's socket":   {"", []string{"-unix", worker.Socket()}, []string{"BackendService", "InventoryService", "OperatorService"}},

@@ -3,9 +3,11 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"io/fs"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,10 +17,15 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
+	"github.com/compute-bridge/compute-bridge/pkg/redact"
+	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
+	"github.com/compute-bridge/compute-bridge/pkg/worker"
 	bridgev1 "github.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1"
 )
 
@@ -421,8 +428,79 @@ func TestWorkersAreDrainedAndSwept(t *testing.T) {
 	}
 	contains(t, s.must(t, "--target", s.workerSock, "resume"), "Taking new grants.")
 	contains(t, s.must(t, "--target", s.workerSock, "sweep", "--dry-run"), "Nothing that should not exist.")
+	contains(t, s.must(t, "sweep"), "Nothing that should not exist.")
 	if r := s.run(t, "drain"); r.code != 1 || !strings.Contains(r.stderr, "only a worker can be drained") {
 		t.Errorf("drain of a router: %+v", r)
+	}
+}
+
+// An operator sweeps through the router.
+func TestSweepThroughTheRouter(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, backendfake.Options{}, backendfake.DriverOptions{})
+	id := s.grant(t)
+	s.must(t, "terminate", id)
+	s.revive(t, id)
+	contains(t, s.must(t, "sweep", "--dry-run"), id[:12], "metal host1", "would be deleted", "the grant ended at")
+	if len(s.provider.Names()) != 1 {
+		t.Fatal("a dry run deleted it")
+	}
+	eventually(t, "the sweep has deleted it", func() bool {
+		s.must(t, "sweep", "--backend", "metal")
+		return len(s.provider.Names()) == 0
+	})
+	if r := s.run(t, "sweep", "--backend", "cloud"); r.code != 3 || !strings.Contains(r.stderr, "there are: metal") {
+		t.Errorf("sweep of an unknown backend: %+v", r)
+	}
+	if r := s.run(t, "--target", s.router, "--identity", filepath.Join(s.certs, "alice"), "sweep"); r.code != 6 || !strings.Contains(r.stderr, "CALLER_DENIED") {
+		t.Errorf("sweep by a client: %+v", r)
+	}
+	// Blind, and unreachable: nothing is known to be clean.
+	blind := s.provider.Inject(backendfake.OpList, backendfake.Fault{Kind: backendfake.Unavailable, Times: -1})
+	if r := s.run(t, "sweep"); r.code != 5 || !strings.Contains(r.stdout, "Did not sweep: metal") {
+		t.Errorf("sweep of a blind backend: %+v", r)
+	}
+	var res bridgev1.SweepResponse
+	r := s.run(t, "sweep", "-o", "json")
+	if err := protojson.Unmarshal([]byte(r.stdout), &res); err != nil || r.code != 5 || len(res.GetFailures()) != 1 || res.GetFailures()[0].GetBackend() != "metal" {
+		t.Errorf("as JSON: %v, %+v", err, r)
+	}
+	blind.Release()
+	contains(t, s.must(t, "sweep"), "Nothing that should not exist.")
+}
+
+// revive makes an instance of a grant again, as a worker with an older copy of
+// the ledger would.
+func (s *site) revive(t *testing.T, id string) {
+	t.Helper()
+	secret := make([]byte, 32)
+	_, _ = rand.Read(secret)
+	runtime, err := worker.NewRuntime(worker.RuntimeConfig{
+		BridgeID: "test", Backend: "metal", Ledger: ledgertest.Open(t), Secret: redact.New(secret), Log: slog.New(slog.DiscardHandler), Metrics: prometheus.NewRegistry(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := runtime.Start(t.Context(), backendfake.Open(s.provider, runtime.Env(), backendfake.DriverOptions{})); err != nil {
+		t.Fatal(err)
+	}
+	defer runtime.Close()
+	full, err := backend.ParseGrantID(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := sshkey.GenerateLoginKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hash := [32]byte{1}
+	_, err = runtime.Provision(t.Context(), backend.Grant{
+		ID: full, PostHash: hash, ProviderID: make([]byte, 32), Shape: backend.Shape{CPU: 500, RAM: 512, Storage: 1},
+		Image:        backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: hash}, Kind: backend.ImageOCIArchive},
+		MinIsolation: backend.IsolationContainer, ValidTo: time.Now().Add(time.Hour),
+	}, backend.Envelope{SSHPublicKey: pair.Public.String(), PostHash: hash})
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -23,11 +23,24 @@ type Inventory interface {
 	ComputeLogs(ctx context.Context, req *bridgev1.ListComputeLogsRequest) *bridgev1.ListComputeLogsResponse
 }
 
+// Sweeper lets backends sweep, for the operator in the context.
+type Sweeper interface {
+	// Sweep lets one backend or all of them sweep.
+	Sweep(ctx context.Context, req *bridgev1.SweepRequest) (*bridgev1.SweepResponse, error)
+}
+
+// Workers are the router's backends, beside their contract.
+type Workers interface {
+	Inventory
+	Sweeper
+}
+
 // Register registers the router's services.
-func Register(server grpc.ServiceRegistrar, bridgeID string, f *fleet.Fleet, inventory Inventory) {
+func Register(server grpc.ServiceRegistrar, bridgeID string, f *fleet.Fleet, workers Workers) {
 	bridgev1.RegisterBackendServiceServer(server, backendgrpc.NewServer(f))
 	bridgev1.RegisterFleetServiceServer(server, &fleetServer{bridgeID: bridgeID, fleet: f})
-	bridgev1.RegisterInventoryServiceServer(server, &inventoryServer{inventory: inventory})
+	bridgev1.RegisterInventoryServiceServer(server, &inventoryServer{inventory: workers})
+	bridgev1.RegisterOperatorServiceServer(server, &operatorServer{sweeper: workers})
 }
 
 type fleetServer struct {
@@ -105,4 +118,18 @@ func (s *inventoryServer) ListInstances(ctx context.Context, req *bridgev1.ListI
 // ListComputeLogs implements InventoryService.
 func (s *inventoryServer) ListComputeLogs(ctx context.Context, req *bridgev1.ListComputeLogsRequest) (*bridgev1.ListComputeLogsResponse, error) {
 	return s.inventory.ComputeLogs(ctx, req), nil
+}
+
+type operatorServer struct {
+	bridgev1.UnimplementedOperatorServiceServer
+	sweeper Sweeper
+}
+
+// Sweep implements OperatorService.
+func (s *operatorServer) Sweep(ctx context.Context, req *bridgev1.SweepRequest) (*bridgev1.SweepResponse, error) {
+	res, err := s.sweeper.Sweep(ctx, req)
+	if err != nil {
+		return nil, backendgrpc.StatusError(err)
+	}
+	return res, nil
 }

@@ -50,6 +50,7 @@ type Worker struct {
 	conn      *grpc.ClientConn
 	backend   backend.Backend
 	inventory bridgev1.InventoryServiceClient
+	operator  bridgev1.OperatorServiceClient
 	fleet     bridgev1.FleetServiceClient
 	health    healthv1.HealthClient
 	log       *slog.Logger
@@ -75,6 +76,7 @@ func Dial(c Config, tls grpcx.TLSConfig, log *slog.Logger, options ...grpc.DialO
 	w.conn = conn
 	w.backend = backendgrpc.NewClient(conn)
 	w.inventory = bridgev1.NewInventoryServiceClient(conn)
+	w.operator = bridgev1.NewOperatorServiceClient(conn)
 	w.fleet = bridgev1.NewFleetServiceClient(conn)
 	w.health = healthv1.NewHealthClient(conn)
 	w.seen.LastError = "not asked yet"

@@ -34,7 +34,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 type remote struct {
 	bridgev1.UnimplementedInventoryServiceServer
 	bridgev1.UnimplementedFleetServiceServer
+	bridgev1.UnimplementedOperatorServiceServer
 	socket string
+	// sweep answers Sweep, if it is set.
+	sweep func(context.Context, *bridgev1.SweepRequest) (*bridgev1.SweepResponse, error)
 	// nested are the backends behind it, if it plays a router.
 	nested []string
 
@@ -66,6 +69,9 @@ func (r *remote) start(t *testing.T) (stop func()) {
 	}
 	bridgev1.RegisterBackendServiceServer(server, backendgrpc.NewServer(r))
 	bridgev1.RegisterInventoryServiceServer(server, r)
+	if r.sweep != nil {
+		bridgev1.RegisterOperatorServiceServer(server, r)
+	}
 	if r.nested != nil {
 		bridgev1.RegisterFleetServiceServer(server, r)
 	}

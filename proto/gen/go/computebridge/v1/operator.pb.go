@@ -7,6 +7,7 @@
 package computebridgev1
 
 import (
+	_ "buf.build/gen/go/bufbuild/protovalidate/protocolbuffers/go/buf/validate"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
@@ -118,7 +119,10 @@ func (x *SetDrainingResponse) GetDraining() bool {
 type SweepRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Delete nothing, only report.
-	DryRun        bool `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	DryRun bool `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// At a router: only this backend, "site/metal" for one behind a router; empty
+	// for all. At a worker: empty, or its name.
+	Backend       string `protobuf:"bytes,2,opt,name=backend,proto3" json:"backend,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -160,11 +164,23 @@ func (x *SweepRequest) GetDryRun() bool {
 	return false
 }
 
+func (x *SweepRequest) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
 // SweepResponse says what was found.
 type SweepResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What should not exist.
-	Resources     []*SweptResource `protobuf:"bytes,1,rep,name=resources,proto3" json:"resources,omitempty"`
+	Resources []*SweptResource `protobuf:"bytes,1,rep,name=resources,proto3" json:"resources,omitempty"`
+	// Parts of the provider that could not be seen (hosts, regions), where nothing
+	// was done; from a router as "metal/host1".
+	Blind []string `protobuf:"bytes,2,rep,name=blind,proto3" json:"blind,omitempty"`
+	// From a router: backends that did not sweep.
+	Failures      []*SweepFailure `protobuf:"bytes,3,rep,name=failures,proto3" json:"failures,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -206,6 +222,75 @@ func (x *SweepResponse) GetResources() []*SweptResource {
 	return nil
 }
 
+func (x *SweepResponse) GetBlind() []string {
+	if x != nil {
+		return x.Blind
+	}
+	return nil
+}
+
+func (x *SweepResponse) GetFailures() []*SweepFailure {
+	if x != nil {
+		return x.Failures
+	}
+	return nil
+}
+
+// SweepFailure is a backend that did not sweep.
+type SweepFailure struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name; "site/metal" for one behind a router.
+	Backend string `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	// Why, for people.
+	Error         string `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SweepFailure) Reset() {
+	*x = SweepFailure{}
+	mi := &file_computebridge_v1_operator_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SweepFailure) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SweepFailure) ProtoMessage() {}
+
+func (x *SweepFailure) ProtoReflect() protoreflect.Message {
+	mi := &file_computebridge_v1_operator_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SweepFailure.ProtoReflect.Descriptor instead.
+func (*SweepFailure) Descriptor() ([]byte, []int) {
+	return file_computebridge_v1_operator_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *SweepFailure) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *SweepFailure) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 // SweptResource is something that should not exist.
 type SweptResource struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -222,14 +307,21 @@ type SweptResource struct {
 	// Why it could not be deleted.
 	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
 	// Since when it is known.
-	CreatedAt     *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	CreatedAt *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=created_at,json=createdAt,proto3" json:"created_at,omitempty"`
+	// From a router: the backend that has it; "site/metal" for one behind a
+	// router.
+	Backend string `protobuf:"bytes,8,opt,name=backend,proto3" json:"backend,omitempty"`
+	// Host or region it is in.
+	Placement string `protobuf:"bytes,9,opt,name=placement,proto3" json:"placement,omitempty"`
+	// Its own deadline; absent if it says none.
+	ValidTo       *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=valid_to,json=validTo,proto3" json:"valid_to,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SweptResource) Reset() {
 	*x = SweptResource{}
-	mi := &file_computebridge_v1_operator_proto_msgTypes[4]
+	mi := &file_computebridge_v1_operator_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -241,7 +333,7 @@ func (x *SweptResource) String() string {
 func (*SweptResource) ProtoMessage() {}
 
 func (x *SweptResource) ProtoReflect() protoreflect.Message {
-	mi := &file_computebridge_v1_operator_proto_msgTypes[4]
+	mi := &file_computebridge_v1_operator_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -254,7 +346,7 @@ func (x *SweptResource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SweptResource.ProtoReflect.Descriptor instead.
 func (*SweptResource) Descriptor() ([]byte, []int) {
-	return file_computebridge_v1_operator_proto_rawDescGZIP(), []int{4}
+	return file_computebridge_v1_operator_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *SweptResource) GetRequestId() []byte {
@@ -306,19 +398,46 @@ func (x *SweptResource) GetCreatedAt() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *SweptResource) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *SweptResource) GetPlacement() string {
+	if x != nil {
+		return x.Placement
+	}
+	return ""
+}
+
+func (x *SweptResource) GetValidTo() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ValidTo
+	}
+	return nil
+}
+
 var File_computebridge_v1_operator_proto protoreflect.FileDescriptor
 
 const file_computebridge_v1_operator_proto_rawDesc = "" +
 	"\n" +
-	"\x1fcomputebridge/v1/operator.proto\x12\x10computebridge.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"0\n" +
+	"\x1fcomputebridge/v1/operator.proto\x12\x10computebridge.v1\x1a\x1bbuf/validate/validate.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"0\n" +
 	"\x12SetDrainingRequest\x12\x1a\n" +
 	"\bdraining\x18\x01 \x01(\bR\bdraining\"1\n" +
 	"\x13SetDrainingResponse\x12\x1a\n" +
-	"\bdraining\x18\x01 \x01(\bR\bdraining\"'\n" +
+	"\bdraining\x18\x01 \x01(\bR\bdraining\"K\n" +
 	"\fSweepRequest\x12\x17\n" +
-	"\adry_run\x18\x01 \x01(\bR\x06dryRun\"N\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12\"\n" +
+	"\abackend\x18\x02 \x01(\tB\b\xbaH\x05r\x03\x18\x80\bR\abackend\"\xa0\x01\n" +
 	"\rSweepResponse\x12=\n" +
-	"\tresources\x18\x01 \x03(\v2\x1f.computebridge.v1.SweptResourceR\tresources\"\xe6\x01\n" +
+	"\tresources\x18\x01 \x03(\v2\x1f.computebridge.v1.SweptResourceR\tresources\x12\x14\n" +
+	"\x05blind\x18\x02 \x03(\tR\x05blind\x12:\n" +
+	"\bfailures\x18\x03 \x03(\v2\x1e.computebridge.v1.SweepFailureR\bfailures\">\n" +
+	"\fSweepFailure\x12\x18\n" +
+	"\abackend\x18\x01 \x01(\tR\abackend\x12\x14\n" +
+	"\x05error\x18\x02 \x01(\tR\x05error\"\xd5\x02\n" +
 	"\rSweptResource\x12\x1d\n" +
 	"\n" +
 	"request_id\x18\x01 \x01(\fR\trequestId\x12\x18\n" +
@@ -329,7 +448,11 @@ const file_computebridge_v1_operator_proto_rawDesc = "" +
 	"\adeleted\x18\x05 \x01(\bR\adeleted\x12\x14\n" +
 	"\x05error\x18\x06 \x01(\tR\x05error\x129\n" +
 	"\n" +
-	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt2\xb7\x01\n" +
+	"created_at\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\tcreatedAt\x12\x18\n" +
+	"\abackend\x18\b \x01(\tR\abackend\x12\x1c\n" +
+	"\tplacement\x18\t \x01(\tR\tplacement\x125\n" +
+	"\bvalid_to\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampR\avalidTo2\xb7\x01\n" +
 	"\x0fOperatorService\x12Z\n" +
 	"\vSetDraining\x12$.computebridge.v1.SetDrainingRequest\x1a%.computebridge.v1.SetDrainingResponse\x12H\n" +
 	"\x05Sweep\x12\x1e.computebridge.v1.SweepRequest\x1a\x1f.computebridge.v1.SweepResponseBXZVgithub.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1;computebridgev1b\x06proto3"
@@ -346,27 +469,30 @@ func file_computebridge_v1_operator_proto_rawDescGZIP() []byte {
 	return file_computebridge_v1_operator_proto_rawDescData
 }
 
-var file_computebridge_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_computebridge_v1_operator_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_computebridge_v1_operator_proto_goTypes = []any{
 	(*SetDrainingRequest)(nil),    // 0: computebridge.v1.SetDrainingRequest
 	(*SetDrainingResponse)(nil),   // 1: computebridge.v1.SetDrainingResponse
 	(*SweepRequest)(nil),          // 2: computebridge.v1.SweepRequest
 	(*SweepResponse)(nil),         // 3: computebridge.v1.SweepResponse
-	(*SweptResource)(nil),         // 4: computebridge.v1.SweptResource
-	(*timestamppb.Timestamp)(nil), // 5: google.protobuf.Timestamp
+	(*SweepFailure)(nil),          // 4: computebridge.v1.SweepFailure
+	(*SweptResource)(nil),         // 5: computebridge.v1.SweptResource
+	(*timestamppb.Timestamp)(nil), // 6: google.protobuf.Timestamp
 }
 var file_computebridge_v1_operator_proto_depIdxs = []int32{
-	4, // 0: computebridge.v1.SweepResponse.resources:type_name -> computebridge.v1.SweptResource
-	5, // 1: computebridge.v1.SweptResource.created_at:type_name -> google.protobuf.Timestamp
-	0, // 2: computebridge.v1.OperatorService.SetDraining:input_type -> computebridge.v1.SetDrainingRequest
-	2, // 3: computebridge.v1.OperatorService.Sweep:input_type -> computebridge.v1.SweepRequest
-	1, // 4: computebridge.v1.OperatorService.SetDraining:output_type -> computebridge.v1.SetDrainingResponse
-	3, // 5: computebridge.v1.OperatorService.Sweep:output_type -> computebridge.v1.SweepResponse
-	4, // [4:6] is the sub-list for method output_type
-	2, // [2:4] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	5, // 0: computebridge.v1.SweepResponse.resources:type_name -> computebridge.v1.SweptResource
+	4, // 1: computebridge.v1.SweepResponse.failures:type_name -> computebridge.v1.SweepFailure
+	6, // 2: computebridge.v1.SweptResource.created_at:type_name -> google.protobuf.Timestamp
+	6, // 3: computebridge.v1.SweptResource.valid_to:type_name -> google.protobuf.Timestamp
+	0, // 4: computebridge.v1.OperatorService.SetDraining:input_type -> computebridge.v1.SetDrainingRequest
+	2, // 5: computebridge.v1.OperatorService.Sweep:input_type -> computebridge.v1.SweepRequest
+	1, // 6: computebridge.v1.OperatorService.SetDraining:output_type -> computebridge.v1.SetDrainingResponse
+	3, // 7: computebridge.v1.OperatorService.Sweep:output_type -> computebridge.v1.SweepResponse
+	6, // [6:8] is the sub-list for method output_type
+	4, // [4:6] is the sub-list for method input_type
+	4, // [4:4] is the sub-list for extension type_name
+	4, // [4:4] is the sub-list for extension extendee
+	0, // [0:4] is the sub-list for field type_name
 }
 
 func init() { file_computebridge_v1_operator_proto_init() }
@@ -380,7 +506,7 @@ func file_computebridge_v1_operator_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_computebridge_v1_operator_proto_rawDesc), len(file_computebridge_v1_operator_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,8 +27,9 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// OperatorService is what an operator does to one worker. Only identities with
-// the operator role may call it.
+// OperatorService is what an operator does to workers. Only identities with the
+// operator role may call it. Workers serve all of it. A router serves Sweep, for
+// its backends; SetDraining is UNIMPLEMENTED there.
 type OperatorServiceClient interface {
 	// SetDraining stops or resumes taking new grants. What runs goes on. It is
 	// not kept across a restart.
@@ -37,6 +38,9 @@ type OperatorServiceClient interface {
 	// bridge's id whose grant is closed or past its deadline, or half-made
 	// without a live intent. It never touches anything while the provider or the
 	// ledger can't be read.
+	//
+	// A router asks its backends, all at once, and says which of them failed. Only
+	// a name that it doesn't know fails the call: REQUEST_INVALID.
 	Sweep(ctx context.Context, in *SweepRequest, opts ...grpc.CallOption) (*SweepResponse, error)
 }
 
@@ -72,8 +76,9 @@ func (c *operatorServiceClient) Sweep(ctx context.Context, in *SweepRequest, opt
 // All implementations must embed UnimplementedOperatorServiceServer
 // for forward compatibility.
 //
-// OperatorService is what an operator does to one worker. Only identities with
-// the operator role may call it.
+// OperatorService is what an operator does to workers. Only identities with the
+// operator role may call it. Workers serve all of it. A router serves Sweep, for
+// its backends; SetDraining is UNIMPLEMENTED there.
 type OperatorServiceServer interface {
 	// SetDraining stops or resumes taking new grants. What runs goes on. It is
 	// not kept across a restart.
@@ -82,6 +87,9 @@ type OperatorServiceServer interface {
 	// bridge's id whose grant is closed or past its deadline, or half-made
 	// without a live intent. It never touches anything while the provider or the
 	// ledger can't be read.
+	//
+	// A router asks its backends, all at once, and says which of them failed. Only
+	// a name that it doesn't know fails the call: REQUEST_INVALID.
 	Sweep(context.Context, *SweepRequest) (*SweepResponse, error)
 	mustEmbedUnimplementedOperatorServiceServer()
 }

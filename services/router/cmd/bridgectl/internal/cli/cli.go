@@ -137,6 +137,8 @@ NO_COLOR turns colours off.
 	f.StringVarP(&a.output, "output", "o", "table", "table, or json: the answer in Protobuf's JSON mapping")
 	f.StringVar(&a.color, "color", "auto", "auto, always or never")
 	f.BoolVarP(&a.verbose, "verbose", "v", false, "say more about what is done")
+	a.completeFlag(root, "output", words("table", "json"))
+	a.completeFlag(root, "color", words("auto", "always", "never"))
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return usage(fmt.Errorf("%w; see %s --help", err, cmd.CommandPath()))
 	})
@@ -410,18 +412,6 @@ func (a *app) found(found map[backend.GrantID]string, prefix string, requestID [
 		handle = string(backend.HandleFor(id))
 	}
 	found[id] = handle
-}
-
-// grants completes the names of the grants that are stored here.
-func (a *app) grants(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
-	var names []string
-	if store, err := a.store(); err == nil && len(args) == 0 {
-		ids, _ := store.IDs() // Without them there is nothing to complete.
-		for _, id := range ids {
-			names = append(names, show.ID(id[:]))
-		}
-	}
-	return names, cobra.ShellCompDirectiveNoFileComp
 }
 
 func (a *app) versionCommand() *cobra.Command {

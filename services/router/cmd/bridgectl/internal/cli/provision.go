@@ -108,6 +108,9 @@ often it is sent. Interrupting takes the grant back.`,
 	cmd.MarkFlagsMutuallyExclusive("seal", "ssh-key")
 	cmd.MarkFlagsMutuallyExclusive("again", "file")
 	cmd.PreRunE = func(cmd *cobra.Command, _ []string) error { return usage(cmd.ValidateFlagGroups()) }
+	a.completeFlag(cmd, "region", regions)
+	a.completeFlag(cmd, "isolation", words("container", "vm", "tdx"))
+	a.completeFlag(cmd, "network", words("open", "allowlist"))
 	return cmd
 }
 

@@ -467,15 +467,25 @@ func (a *app) drainCommand(drain bool) *cobra.Command {
 // onlyWorkers says what is amiss when a router is asked for a worker's service.
 func (a *app) onlyWorkers(err error) error {
 	if backenderr.Is(backenderr.From(err), backenderr.Unimplemented) {
-		return backenderr.New(backenderr.Unimplemented, "%s is no worker: only a worker can be drained and swept; give its address as --target", a.where())
+		return backenderr.New(backenderr.Unimplemented, "%s is no worker: only a worker can be drained; give its address as --target", a.where())
 	}
 	return err
 }
 
 func (a *app) sweepCommand() *cobra.Command {
 	var dryRun bool
+	var name string
 	cmd := &cobra.Command{
-		Use: "sweep", Short: "Delete what a worker's provider holds and should not", Args: exactly(),
+		Use: "sweep", Short: "Delete what backends hold and should not",
+		Long: `Delete what backends hold and should not: of grants that are closed or past their
+deadline, or half made with nobody at work on it. Workers do so by themselves all
+the time; this is for looking, and for not waiting. The target is a router, which
+asks all its backends or the one that --backend names, or a worker.
+
+What a look finds is deleted when the next look, of this command or the worker's
+own, finds it again. Nothing is deleted where the worker can't see: that is exit
+code 5. Exit code 1 says that something could not be deleted.`,
+		Args: exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			ctx, cancel, err := a.within(cmd.Context(), 5*time.Minute)
 			if err != nil {
@@ -486,11 +496,11 @@ func (a *app) sweepCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			res, err := bridgev1.NewOperatorServiceClient(conn).Sweep(ctx, &bridgev1.SweepRequest{DryRun: dryRun})
+			res, err := bridgev1.NewOperatorServiceClient(conn).Sweep(ctx, &bridgev1.SweepRequest{DryRun: dryRun, Backend: name})
 			if err != nil {
-				return rpc(a.onlyWorkers(err))
+				return rpc(err)
 			}
-			if err := a.print(res, func(o show.Output) error { return o.Swept(res.GetResources(), dryRun) }); err != nil {
+			if err := a.print(res, func(o show.Output) error { return o.Swept(res, dryRun) }); err != nil {
 				return err
 			}
 			for _, r := range res.GetResources() {
@@ -498,9 +508,14 @@ func (a *app) sweepCommand() *cobra.Command {
 					return fail(ExitOther, "something could not be deleted")
 				}
 			}
+			if len(res.GetBlind())+len(res.GetFailures()) > 0 {
+				return fail(ExitUnavailable, "not everything could be seen; nothing was done there")
+			}
 			return nil
 		},
 	}
 	cmd.Flags().BoolVar(&dryRun, "dry-run", false, "delete nothing, only report")
+	cmd.Flags().StringVar(&name, "backend", "", "only this backend of the router, site/metal for one behind another router (default: all)")
+	a.completeFlag(cmd, "backend", backends)
 	return cmd
 }

@@ -308,14 +308,30 @@ func outcome(x *bridgev1.Exit) string {
 	return strings.Join(parts, ", ")
 }
 
-// Swept shows what a sweep found.
-func (o Output) Swept(found []*bridgev1.SweptResource, dryRun bool) error {
-	if len(found) == 0 {
+// Swept shows what a sweep found, and where it could not look.
+func (o Output) Swept(res *bridgev1.SweepResponse, dryRun bool) error {
+	switch unseen := len(res.GetBlind()) + len(res.GetFailures()); {
+	case len(res.GetResources()) > 0:
+		if err := o.sweptTable(res.GetResources(), dryRun); err != nil {
+			return err
+		}
+	case unseen == 0:
 		o.printf("Nothing that should not exist.\n")
-		return nil
+	default:
+		o.printf("Nothing that should not exist, where one can see.\n")
 	}
+	for _, part := range res.GetBlind() {
+		o.printf("%s %s\n", o.Paint(term.Bad, "Not seen, and nothing done there:"), term.Clean(part))
+	}
+	for _, f := range res.GetFailures() {
+		o.printf("%s %s: %s\n", o.Paint(term.Bad, "Did not sweep:"), term.Clean(f.GetBackend()), term.Clean(f.GetError()))
+	}
+	return nil
+}
+
+func (o Output) sweptTable(found []*bridgev1.SweptResource, dryRun bool) error {
 	var t term.Table
-	t.Head("GRANT", "ATTEMPT", "INSTANCE", "AGE", "RESULT", "WHY")
+	t.Head("GRANT", "ATTEMPT", "WHERE", "INSTANCE", "AGE", "DEADLINE", "RESULT", "WHY")
 	for _, r := range found {
 		result := term.S(term.Good, "deleted")
 		switch {
@@ -326,11 +342,16 @@ func (o Output) Swept(found []*bridgev1.SweptResource, dryRun bool) error {
 		case !r.GetDeleted():
 			result = term.S(term.Busy, "not yet: looked at again by the next sweep")
 		}
-		age := ""
+		age, deadline := "", ""
 		if r.GetCreatedAt() != nil {
 			age = Span(o.Now.Sub(r.GetCreatedAt().AsTime()))
 		}
-		t.Row(term.S(term.Accent, ID(r.GetRequestId())), term.R(strconv.FormatUint(uint64(r.GetAttempt()), 10)), term.T(r.GetInstanceId()), term.R(age), result, term.T(r.GetWhy()))
+		if r.GetValidTo() != nil {
+			deadline = r.GetValidTo().AsTime().Format(time.RFC3339)
+		}
+		where := strings.Trim(r.GetBackend()+" "+r.GetPlacement(), " ")
+		t.Row(term.S(term.Accent, ID(r.GetRequestId())), term.R(strconv.FormatUint(uint64(r.GetAttempt()), 10)), term.T(where), term.T(r.GetInstanceId()),
+			term.R(age), term.T(deadline), result, term.T(r.GetWhy()))
 	}
 	return t.Write(o.W, o.Painter, "")
 }

@@ -131,10 +131,13 @@ func TestHumanOutput(t *testing.T) {
 		{Name: "gcp", Health: bridgev1.BackendHealth_BACKEND_HEALTH_DRAINING, Capabilities: &bridgev1.CapabilitySet{}, LastSeen: at(-25 * time.Hour)},
 		{Name: "old", Health: bridgev1.BackendHealth_BACKEND_HEALTH_DEGRADED, Capabilities: &bridgev1.CapabilitySet{}, LastSeen: at(-25 * time.Minute)},
 	}
-	swept := []*bridgev1.SweptResource{
+	swept := &bridgev1.SweepResponse{Resources: []*bridgev1.SweptResource{
 		{RequestId: id(1), Attempt: 1, InstanceId: "cb-a", Why: "the grant has ended", Deleted: true, CreatedAt: at(-26 * time.Hour)},
-		{RequestId: id(2), Attempt: 2, InstanceId: "cb-b", Why: "past its deadline", Error: "host h1 is unreachable"},
+		{RequestId: id(2), Attempt: 2, InstanceId: "cb-b", Why: "past its deadline", Error: "host h1 is unreachable", Backend: "site/metal", Placement: "h1", ValidTo: at(-time.Hour)},
 		{RequestId: id(3), Attempt: 1, InstanceId: "cb-c", Why: "half-made"},
+	}}
+	unswept := &bridgev1.SweepResponse{
+		Blind: []string{"metal/h2", hostile}, Failures: []*bridgev1.SweepFailure{{Backend: "aws", Error: "no answer " + hostile}},
 	}
 	for name, write := range map[string]func(show.Output) error{
 		"card":       func(o show.Output) error { return o.Card(card) },
@@ -172,6 +175,7 @@ func TestHumanOutput(t *testing.T) {
 		"sweep":       func(o show.Output) error { return o.Swept(swept, false) },
 		"sweep-dry":   func(o show.Output) error { return o.Swept(swept, true) },
 		"sweep-0":     func(o show.Output) error { return o.Swept(nil, false) },
+		"sweep-blind": func(o show.Output) error { return o.Swept(unswept, false) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
