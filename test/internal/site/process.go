@@ -90,6 +90,16 @@ func (p *Process) PID() int { return p.cmd.Process.Pid }
 // Done is closed when it has ended.
 func (p *Process) Done() <-chan struct{} { return p.done }
 
+// Running tells whether it has not ended yet.
+func (p *Process) Running() bool {
+	select {
+	case <-p.done:
+		return false
+	default:
+		return true
+	}
+}
+
 // Signal sends a signal. One that has ended is no error.
 func (p *Process) Signal(sig syscall.Signal) error {
 	if err := p.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {

@@ -4,8 +4,10 @@
 package site
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -132,6 +134,16 @@ type Host struct {
 	// CPUMillicores and MaxInstances are what is sold of it; 4000 and 20 when
 	// zero.
 	CPUMillicores, MaxInstances int
+	// Tap, if not nil, is what the worker reaches in place of the host's sshd.
+	Tap Tap
+	// Ports is the range of the grants' ports; empty means the default.
+	Ports string
+}
+
+// Tap stands in for a host's sshd.
+type Tap interface {
+	Addr() string
+	HostKeyLine() string
 }
 
 // Worker is a bare-metal worker.
@@ -141,6 +153,11 @@ type Worker struct {
 	Name  string
 	index int
 	Hosts []Host
+	// Ledger is the [ledger] section; empty means a file in the worker's
+	// directory.
+	Ledger string
+	// Settings are more lines of the [backend] section.
+	Settings string
 }
 
 // Worker returns the site's worker number index, from 0.
@@ -169,7 +186,7 @@ secret_file = "worker.secret"
 metrics_address = %q
 
 [ledger]
-path = "ledger.db"
+%s
 
 [sweep]
 interval = "2s"
@@ -185,16 +202,16 @@ address = %q
 
 [[listen]]
 address = "unix:%s"
-`, bridgeID, w.Name, w.Metrics(), w.Name, w.Name, w.Name, w.Addr(), w.Socket())
+`, bridgeID, w.Name, w.Metrics(), cmp.Or(strings.TrimSpace(w.Ledger), `path = "ledger.db"`), w.Name, w.Name, w.Name, w.Addr(), w.Socket())
 	writeClients(&b, clients)
 	fmt.Fprintf(&b, `
 [backend]
 guest_binary = %q
 stop_grace = "3s"
-
+%s
 [backend.image_store]
 base = %q
-`, w.site.Program("guest"), w.site.Path("images"))
+`, w.site.Program("guest"), w.Settings, w.site.Path("images"))
 	for _, h := range w.Hosts {
 		cpu, most := h.CPUMillicores, h.MaxInstances
 		if cpu == 0 {
@@ -203,10 +220,15 @@ base = %q
 		if most == 0 {
 			most = 20
 		}
+		addr, hostKey := net.JoinHostPort(h.Addr.String(), strconv.Itoa(h.SSHPort)), h.HostKeyLine()
+		if h.Tap != nil {
+			addr, hostKey = h.Tap.Addr(), h.Tap.HostKeyLine()
+		}
 		fmt.Fprintf(&b, `
 [[backend.host]]
 name = %q
-address = "%s:%d"
+address = %q
+public_host = %q
 key_file = %q
 host_keys = [%q]
 region = "lab"
@@ -214,7 +236,10 @@ cpu_millicores = %d
 ram_mib = 4096
 storage_gib = 40
 max_instances = %d
-`, h.Name, h.Addr, h.SSHPort, h.UserKeyFile, h.HostKeyLine(), cpu, most)
+`, h.Name, addr, h.Addr, h.UserKeyFile, hostKey, cpu, most)
+		if h.Ports != "" {
+			fmt.Fprintf(&b, "ports = %q\n", h.Ports)
+		}
 	}
 	return b.String()
 }

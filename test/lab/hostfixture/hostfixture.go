@@ -106,7 +106,7 @@ func (s *Site) everywhere(ctx context.Context, args ...string) ([]string, error)
 const quickLook = `
 cd "/var/lib/compute-bridge/$1/grants" 2>/dev/null && find . -mindepth 1 -maxdepth 1 -printf 'directory %f\n'
 systemctl list-units --all --plain --no-legend 'cb-*' | while read -r unit rest; do echo "unit $unit"; done
-for file in /etc/containers/networks/cb-* /sys/class/net/cb* /run/compute-bridge/"$1"/*; do [ ! -e "$file" ] || echo "$file"; done
+for file in /etc/containers/networks/cb-* /sys/class/net/cb* /run/compute-bridge/"$1"/*; do [ ! -e "$file" ] || [ "${file##*/}" = lease ] || echo "$file"; done
 grep -o ' /var/lib/compute-bridge/[^ ]* ' /proc/self/mounts
 nft list table inet "compute_bridge_$(echo "$1" | tr - _)" 2>/dev/null | grep 'elements ='
 true`
@@ -322,8 +322,9 @@ func logIn(ctx context.Context, r backend.Receipt, key redact.Secret) error {
 // a worker may keep for the next grant.
 func (s *Site) CheckNothingIsLeft(t testing.TB) {
 	t.Helper()
+	ctx := context.WithoutCancel(t.Context()) // The test may be over.
 	for _, h := range s.Hosts {
-		left, err := h.Leftovers(t.Context(), "image ")
+		left, err := h.Leftovers(ctx, "image ")
 		if err != nil {
 			t.Error(err)
 		}

@@ -1,0 +1,9 @@
+package conformance
+
+import (
+	"testing"
+
+	"github.com/compute-bridge/compute-bridge/test/lab"
+)
+
+func TestMain(m *testing.M) { lab.Main(m, lab.CheckGoroutines()) }

@@ -1,0 +1,25 @@
+package conformance
+
+import (
+	"testing"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
+)
+
+// TestLongARouterBeforeAWorkerHonoursTheContract holds the built router, with
+// the built worker behind it, to the Backend contract: whoever calls can't tell
+// them from a worker. What dies are both processes at once.
+func TestLongARouterBeforeAWorkerHonoursTheContract(t *testing.T) {
+	g := newGround(t)
+	backendtest.Run(t, backendtest.Harness{
+		Open: func(t testing.TB) *backendtest.Fixture {
+			t.Helper()
+			b := newBridge(t, g)
+			b.routeTo(t, b.worker.Addr())
+			return b.fixture(t)
+		},
+		Only:       ordinary,
+		Skip:       exceptedOnHosts(),
+		DirectOnly: true,
+	})
+}
