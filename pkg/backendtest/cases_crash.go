@@ -1,81 +1,326 @@
 package backendtest
 
 import (
+	"context"
+	"time"
+
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
-	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 )
 
-// crashCases kill the worker at each provider call of a way through the
-// contract, start it again, and then ask for the same.
+// crashCases kill the worker before and after each call that it makes to its
+// provider and to its ledger on a way through the contract, start it again, and
+// ask for the same.
 func crashCases() []testCase {
-	needs := []need{needInject, needReopen, needHistory}
+	needs := func(more ...need) []need { return append([]need{needInject, needReopen, needHistory}, more...) }
+	retried := func(r *run) {
+		r.again()
+		r.over(backend.EndTerminated)
+	}
 	return []testCase{
-		{name: "crash/during Provision, which is then retried", needs: needs, direct: true, run: func(e *env) {
-			e.crashes(e.provisionPoints(), func(fault func(backend.GrantID) Injection) {
-				g, envelope := e.grant()
-				injection := fault(g.ID)
-				call := e.begin(e.ctx(), g, envelope)
-				receive(e, "the crash", injection.Reached())
-				e.reopen()
-				p := e.provision(g, envelope)
-				if o := receive(e, "the call that the crash cut off", call); o.err == nil {
-					e.same("answers before and after a crash", o.provisioned, p)
+		{name: "crash/during Provision, which is then retried", needs: needs(), run: func(e *env) {
+			e.crashes(script{act: provisions, settle: retried})
+		}},
+		{name: "crash/during Provision with a sealed key, which is then retried", needs: needs(), direct: true, run: func(e *env) {
+			e.crashes(script{
+				prepare: func(r *run) { r.key = r.sealed(&r.envelope) },
+				act:     provisions,
+				settle: func(r *run) {
+					r.again()
+					key := r.open(r.key, r.p.Receipt)
+					if r.f.Login != nil {
+						if err := r.f.Login(r.ctx(), r.p.Receipt, key); err != nil {
+							r.Errorf("login: %v", err)
+						}
+					}
+					r.over(backend.EndTerminated)
+				},
+			})
+		}},
+		{name: "crash/during Provision, and then Terminate", needs: needs(), run: func(e *env) {
+			e.crashes(script{act: provisions, settle: func(r *run) { r.over(backend.EndTerminated) }})
+		}},
+		{name: "crash/during Provision, which nobody retries", needs: needs(needOrphanAge), direct: true, run: func(e *env) {
+			e.crashes(script{act: provisions, settle: func(r *run) {
+				r.settledAlone()
+				retried(r)
+			}})
+		}},
+		{name: "crash/while a cancelled Provision is undone", needs: needs(needOrphanAge), direct: true, run: func(e *env) {
+			points := e.allProvisionPoints()
+			last := points[len(points)-1]
+			e.crashes(script{
+				held: last,
+				act: func(r *run) error {
+					hold := r.f.Inject(Fault{Point: last, Kind: FaultSlow, GrantID: r.g.ID})
+					defer hold.Release()
+					ctx, leave := context.WithCancel(r.ctx())
+					defer leave()
+					call := r.begin(ctx, r.g, r.envelope)
+					if o, held, err := r.held(hold, call); !held {
+						return orFailed(o.err, err)
+					}
+					leave()
+					if _, err := await(r.env, "the cancelled Provision", call); err != nil {
+						return err
+					}
+					return r.gone()
+				},
+				settle: func(r *run) {
+					r.settledAlone()
+					retried(r)
+				},
+			})
+		}},
+		{name: "crash/while a cancelled Provision is retried", needs: needs(), run: func(e *env) {
+			create := e.f.CreatePoint
+			e.crashes(script{
+				held: create,
+				act: func(r *run) error {
+					hold := r.f.Inject(Fault{Point: create, Kind: FaultSlow, GrantID: r.g.ID})
+					defer hold.Release()
+					ctx, leave := context.WithCancel(r.ctx())
+					defer leave()
+					first := r.begin(ctx, r.g, r.envelope)
+					if o, held, err := r.held(hold, first); !held {
+						return orFailed(o.err, err)
+					}
+					leave()
+					second := r.begin(r.ctx(), r.g, r.envelope)
+					hold.Release()
+					if _, err := await(r.env, "the cancelled Provision", first); err != nil {
+						return err
+					}
+					o, err := await(r.env, "the retried Provision", second)
+					if err == nil && o.err == nil {
+						r.told(o.provisioned)
+					}
+					return orFailed(o.err, err)
+				},
+				settle: retried,
+			})
+		}},
+		{name: "crash/during a watch until the workload's end", needs: needs(needExit), run: func(e *env) {
+			e.crashes(script{prepare: isReady, act: watchesExit, settle: exited})
+		}},
+		{name: "crash/during a watch until the deadline", needs: needs(), direct: true, run: func(e *env) {
+			e.crashes(script{
+				prepare: func(r *run) {
+					g, envelope, p := r.short()
+					r.g, r.envelope = g, envelope
+					r.told(p)
+				},
+				act: func(r *run) error {
+					ctx, cancel := r.limited()
+					defer cancel()
+					return r.watched(ctx)
+				},
+				settle: func(r *run) {
+					r.logged(r.watch(r.ctx(), r.handle(r.g.ID)).log())
+					r.over(backend.EndDeadline)
+				},
+			})
+		}},
+		{name: "crash/during Terminate, which is then retried", needs: needs(), run: func(e *env) {
+			e.crashes(script{prepare: isReady, act: terminates, settle: func(r *run) { r.over(backend.EndTerminated) }})
+		}},
+		{name: "crash/during Terminate, which nobody retries", needs: needs(), direct: true, run: func(e *env) {
+			e.crashes(script{prepare: isReady, act: terminates, settle: func(r *run) {
+				if r.state() != backend.StateReady { // Then the call never arrived.
+					r.eventually("the new worker finishes what the dead one began", func() bool { return len(r.left(r.g.ID)) == 0 })
+					r.logged(r.watch(r.ctx(), r.handle(r.g.ID)).log())
 				}
-				e.checkLog(p, e.terminate(p.Instance.Handle), backend.EndTerminated)
+				r.over(backend.EndTerminated)
+			}})
+		}},
+		{name: "crash/during Terminate of what is being made", needs: needs(), direct: true, run: func(e *env) {
+			create := e.f.CreatePoint
+			e.crashes(script{
+				held: create,
+				act: func(r *run) error {
+					hold := r.f.Inject(Fault{Point: create, Kind: FaultSlow, GrantID: r.g.ID})
+					defer hold.Release()
+					making := r.begin(r.ctx(), r.g, r.envelope)
+					if o, held, err := r.held(hold, making); !held {
+						return orFailed(o.err, err)
+					}
+					err := r.ended(r.ctx())
+					if _, late := await(r.env, "Provision", making); late != nil {
+						return late
+					}
+					return err
+				},
+				settle: func(r *run) { r.over(backend.EndTerminated) },
 			})
 		}},
-		{name: "crash/during Provision, and then Terminate", needs: needs, direct: true, run: func(e *env) {
-			e.crashes(e.provisionPoints(), func(fault func(backend.GrantID) Injection) {
-				g, envelope := e.grant()
-				injection := fault(g.ID)
-				call := e.begin(e.ctx(), g, envelope)
-				receive(e, "the crash", injection.Reached())
-				e.reopen()
-				receive(e, "the call that the crash cut off", call)
-				e.terminate(e.handle(g.ID))
-				_, err := e.b.Provision(e.ctx(), g, envelope)
-				e.want(err, "Provision after crash and Terminate", backenderr.GrantEnded)
-			})
-		}},
-		{name: "crash/during Terminate, which is then retried", needs: needs, direct: true, run: func(e *env) {
-			e.crashes(e.endPoints(), func(fault func(backend.GrantID) Injection) {
-				g, envelope, p := e.ready()
-				injection := fault(g.ID)
-				call := e.beginTerminate(e.ctx(), p.Instance.Handle)
-				receive(e, "the crash", injection.Reached())
-				e.reopen()
-				if got := receive(e, "the call that the crash cut off", call); got.err == nil && got.termination.State == backend.StateTerminated {
-					e.Errorf("a dead worker answered TERMINATED")
-				}
-				e.checkLog(p, e.terminate(p.Instance.Handle), backend.EndTerminated)
-				_, err := e.b.Provision(e.ctx(), g, envelope)
-				e.want(err, "Provision after crash and Terminate", backenderr.GrantEnded)
-			})
-		}},
-		{name: "crash/during Terminate, which nobody retries", needs: needs, direct: true, run: func(e *env) {
-			e.crashes(e.endPoints(), func(fault func(backend.GrantID) Injection) {
-				g, _, p := e.ready()
-				injection := fault(g.ID)
-				call := e.beginTerminate(e.ctx(), p.Instance.Handle)
-				receive(e, "the crash", injection.Reached())
-				e.reopen()
-				receive(e, "the call that the crash cut off", call)
-				e.eventually("the new worker finishes what the dead one began", func() bool { return len(e.left(g.ID)) == 0 })
-				e.checkLog(p, e.watch(e.ctx(), p.Instance.Handle).log(), backend.EndTerminated)
-			})
+		{name: "crash/during a restart", needs: needs(), direct: true, run: func(e *env) {
+			e.crashes(restarting(e))
 		}},
 	}
 }
 
-// crashes runs a scenario once for each point, before and after its effect.
-func (e *env) crashes(points []string, scenario func(fault func(backend.GrantID) Injection)) {
+// crashes sweeps a script with crashes.
+func (e *env) crashes(s script) {
 	e.Helper()
-	for _, point := range points {
-		for _, kind := range []FaultKind{FaultCrashBefore, FaultCrashAfter} {
-			scenario(func(id backend.GrantID) Injection {
-				e.Logf("%s %s", kind, point)
-				return e.f.Inject(Fault{Point: point, Kind: kind, GrantID: id})
-			})
+	e.sweep(s, func(Call) []job { return []job{{kind: FaultCrashBefore}, {kind: FaultCrashAfter}} },
+		func(e *env, j job, _ time.Duration) bool { return e.crash(s, j) })
+}
+
+// crash goes through a script with one crash.
+func (e *env) crash(s script, j job) (reached bool) {
+	e.Helper()
+	r := e.begun(s)
+	injection := e.f.Inject(j.fault(s.scope(r)))
+	defer injection.Release()
+	acted := make(chan error, 1)
+	go func() { acted <- s.act(r) }()
+	reached, err := e.reaches(injection, acted, e.cut)
+	if !reached {
+		if err != nil {
+			e.Fatalf("nothing went wrong, and yet: %s", describe(err))
 		}
+		s.settle(r)
+		return false
+	}
+	r.notStuck(err)
+	r.crashed, r.down = true, false
+	e.reopen()
+	s.settle(r)
+	return true
+}
+
+// linger is how long after the end of what is swept a call may come that was
+// part of it.
+const linger = 100 * time.Millisecond
+
+// reaches waits until something has acted, and does what is to be done when the
+// fault has hit.
+func (e *env) reaches(injection Injection, acted <-chan error, hit func()) (reached bool, err error) {
+	e.Helper()
+	select {
+	case <-injection.Reached():
+		hit()
+		return true, receive(e, "what is swept", acted)
+	case err = <-acted:
+	}
+	timer := time.NewTimer(linger)
+	defer timer.Stop()
+	select {
+	case <-injection.Reached():
+	case <-timer.C:
+		injection.Release()
+	}
+	select {
+	case <-injection.Reached():
+		hit()
+		return true, err
+	default:
+		return false, err
+	}
+}
+
+// The scripts that crashes and faults share.
+
+func provisions(r *run) error {
+	ctx, cancel := r.limited()
+	defer cancel()
+	p, err := r.b.Provision(ctx, r.g, r.envelope)
+	if err == nil {
+		r.told(p)
+	}
+	return err
+}
+
+func isReady(r *run) {
+	r.Helper()
+	r.told(r.provision(r.g, r.envelope))
+}
+
+func terminates(r *run) error {
+	ctx, cancel := r.limited()
+	defer cancel()
+	return r.ended(ctx)
+}
+
+// exitCode is how the sweeps' workloads end.
+const exitCode = 7
+
+func watchesExit(r *run) error {
+	ctx, cancel := r.limited()
+	defer cancel()
+	watched := make(chan error, 1)
+	go func() { watched <- r.watched(ctx) }()
+	if err := r.f.Exit(r.g.ID, ExitStatus{Code: exitCode}); err != nil {
+		return err
+	}
+	err, late := await(r.env, "the watch", watched)
+	return orFailed(err, late)
+}
+
+func exited(r *run) {
+	r.Helper()
+	r.logged(r.watch(r.ctx(), r.handle(r.g.ID)).log())
+	r.over(backend.EndWorkloadExited)
+	if exit := r.log.Log.Exit; exit.Code == nil || *exit.Code != exitCode {
+		r.Errorf("exit is %+v, want code %d", exit, exitCode)
+	}
+}
+
+// restarting is a restart of the worker with one grant that is ready, one that
+// is being ended and one whose Provision was cut off.
+func restarting(e *env) script {
+	e.Helper()
+	ending := e.endPoints()
+	last := ending[len(ending)-1]
+	// crashed has the worker die in a call.
+	crashed := func(r *run, f Fault, call func() error) {
+		r.Helper()
+		f.Kind = FaultCrashBefore
+		injection := r.f.Inject(f)
+		defer injection.Release()
+		acted := make(chan error, 1)
+		go func() { acted <- call() }()
+		if reached, _ := r.reaches(injection, acted, r.cut); !reached {
+			r.Fatalf("the worker never called %s", f.Point)
+		}
+	}
+	return script{
+		everything: true,
+		prepare: func(r *run) {
+			g, envelope := r.grant()
+			r.cutOff = &run{env: r.env, g: g, envelope: envelope, within: r.within}
+			crashed(r, Fault{Point: r.f.CreatePoint, GrantID: g.ID}, func() error { return provisions(r.cutOff) })
+			r.reopen()
+			r.told(r.provision(r.g, r.envelope))
+			g, envelope = r.grant()
+			r.ending = &run{env: r.env, g: g, envelope: envelope, within: r.within}
+			r.ending.told(r.provision(g, envelope))
+			crashed(r, Fault{Point: last, GrantID: g.ID}, func() error { return terminates(r.ending) })
+		},
+		act: func(r *run) error {
+			b, err := r.f.Reopen(r.TB)
+			if r.down = err != nil; r.down {
+				return err
+			}
+			r.use(b)
+			ctx, cancel := r.limited()
+			defer cancel()
+			if _, err := r.b.Capabilities(ctx); err != nil {
+				return err
+			}
+			if state, err := r.stateSeen(ctx); err != nil || state != backend.StateReady {
+				return orFailed(err, failed("a ready grant is %s after a restart", state))
+			}
+			return r.ending.watched(ctx)
+		},
+		settle: func(r *run) {
+			if r.down {
+				r.reopen()
+			}
+			r.again()
+			r.over(backend.EndTerminated)
+			r.ending.over(backend.EndTerminated)
+			r.cutOff.again()
+			r.cutOff.over(backend.EndTerminated)
+		},
 	}
 }

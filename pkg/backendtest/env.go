@@ -40,10 +40,18 @@ type env struct {
 	// b is the backend, over gRPC if the mode says so, with everything that
 	// passes checked.
 	b        backend.Backend
-	wire     *wire
 	patience time.Duration
+	// name is the case's, report takes note of what it sweeps.
+	name   string
+	report *report
+	// fatal, if set, ends the goroutine after a failure in place of FailNow.
+	fatal func()
 
-	mu      sync.Mutex
+	mu      sync.Mutex // protects what follows
+	wire    *wire
+	life    *mortal
+	killed  bool // what is used is, or is about to be, dead
+	where   string
 	granted []backend.GrantID
 	secrets []string
 }
@@ -58,25 +66,105 @@ func newEnv(t testing.TB, h Harness, f *Fixture, m mode) *env {
 // use makes b the backend that the case talks to.
 func (e *env) use(b backend.Backend) {
 	e.Helper()
-	if e.wire != nil {
-		e.wire.close()
-		e.wire = nil
+	e.mu.Lock()
+	before := e.wire
+	e.mu.Unlock()
+	if before != nil {
+		before.close()
 	}
+	var w *wire
+	var life *mortal
 	if e.m == grpc {
-		e.wire = serve(e, b)
-		b = e.wire.client
+		w = serve(e, b)
+		b = w.client
+	} else {
+		life = newMortal(b)
+		b = life
 	}
+	e.mu.Lock()
+	e.wire, e.life = w, life
+	killed := e.killed
+	e.mu.Unlock()
 	e.b = &checked{Backend: b, e: e}
+	if killed {
+		e.cut()
+	}
+}
+
+// cut cuts the connection to a worker that is dead. Whatever is used from now on
+// is cut, too, until reopen.
+func (e *env) cut() {
+	e.mu.Lock()
+	e.killed = true
+	w, life := e.wire, e.life
+	e.mu.Unlock()
+	if w != nil {
+		w.cut()
+	}
+	if life != nil {
+		life.cut()
+	}
+}
+
+func (e *env) isCut() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.killed
 }
 
 // reopen restarts the worker.
 func (e *env) reopen() {
 	e.Helper()
+	e.mu.Lock()
+	e.killed = false
+	e.mu.Unlock()
 	b, err := e.f.Reopen(e.TB)
 	if err != nil {
 		e.Fatalf("Reopen: %v", err)
 	}
 	e.use(b)
+}
+
+// at says what is being done, for the failures from now on.
+func (e *env) at(where string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.where = where
+}
+
+func (e *env) placed(format string, args ...any) string {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.where + fmt.Sprintf(format, args...)
+}
+
+// Errorf is that of testing.TB, and says where.
+func (e *env) Errorf(format string, args ...any) {
+	e.Helper()
+	e.TB.Error(e.placed(format, args...))
+}
+
+// Fatalf is that of testing.TB, and says where.
+func (e *env) Fatalf(format string, args ...any) {
+	e.Helper()
+	e.TB.Error(e.placed(format, args...))
+	e.FailNow()
+}
+
+// Fatal is that of testing.TB, and says where.
+func (e *env) Fatal(args ...any) {
+	e.Helper()
+	e.Fatalf("%s", fmt.Sprint(args...))
+}
+
+// FailNow is that of testing.TB, also in goroutines of a sweep.
+func (e *env) FailNow() {
+	e.Helper()
+	if e.fatal != nil {
+		e.Fail()
+		e.fatal()
+	}
+	e.TB.FailNow()
 }
 
 // as returns a context of a caller that ends when patience does.
@@ -355,8 +443,11 @@ func (e *env) finish() {
 			}
 		}
 	}
-	if e.wire != nil {
-		e.wire.close()
+	e.mu.Lock()
+	w := e.wire
+	e.mu.Unlock()
+	if w != nil {
+		w.close()
 	}
 }
 

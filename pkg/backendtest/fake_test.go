@@ -356,7 +356,7 @@ func TestFakeHonoursTheContractWhenReadsLag(t *testing.T) {
 	for _, c := range cases() {
 		group, _, _ := strings.Cut(c.name, "/")
 		if slices.Contains([]string{"provision", "terminate", "errors", "crash"}, group) && slices.Contains(c.needs, needInject) {
-			t.Run(c.name, func(t *testing.T) { runCase(t, h, c, direct) })
+			t.Run(c.name, func(t *testing.T) { runCase(t, h, c, direct, &report{}) })
 		}
 	}
 }

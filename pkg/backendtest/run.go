@@ -24,7 +24,7 @@ type testCase struct {
 func cases() []testCase {
 	return slices.Concat(
 		identityCases(), capabilitiesCases(), satisfyCases(), provisionCases(), watchCases(),
-		terminateCases(), errorCases(), ownershipCases(), crashCases(),
+		terminateCases(), errorCases(), ownershipCases(), crashCases(), faultCases(),
 	)
 }
 
@@ -48,6 +48,8 @@ func Run(t *testing.T, h Harness) {
 	if h.DirectOnly {
 		modes = modes[:1]
 	}
+	swept := &report{}
+	defer swept.tell(t)
 	for _, m := range modes {
 		t.Run(string(m), func(t *testing.T) {
 			for _, c := range all {
@@ -58,14 +60,16 @@ func Run(t *testing.T, h Harness) {
 				if !h.wants(c) || c.direct && m != direct {
 					continue
 				}
-				t.Run(c.name, func(t *testing.T) { runCase(t, h, c, m) })
+				t.Run(c.name, func(t *testing.T) { runCase(t, h, c, m, swept) })
 			}
 		})
 	}
 }
 
 // wants tells whether a case is to run.
-func (h Harness) wants(c testCase) bool { return len(h.Only) == 0 || slices.Contains(h.Only, c.group()) }
+func (h Harness) wants(c testCase) bool {
+	return len(h.Only) == 0 || slices.Contains(h.Only, c.group())
+}
 
 func (c testCase) group() string {
 	group, _, _ := strings.Cut(c.name, "/")
@@ -92,7 +96,7 @@ func checkHarness(all []testCase, h Harness) []string {
 }
 
 // runCase runs one case on a fresh fixture.
-func runCase(t testing.TB, h Harness, c testCase, m mode) {
+func runCase(t testing.TB, h Harness, c testCase, m mode, swept *report) {
 	t.Helper()
 	present := goleak.IgnoreCurrent()
 	// Registered first and therefore run last.
@@ -108,6 +112,7 @@ func runCase(t testing.TB, h Harness, c testCase, m mode) {
 		}
 	}
 	e := newEnv(t, h, f, m)
+	e.name, e.report = string(m)+" "+c.name, swept
 	defer e.finish()
 	c.run(e)
 }

@@ -87,7 +87,7 @@ func record(t *testing.T, open func(testing.TB) *Fixture, name string, m mode) [
 				last()
 			}
 		}()
-		runCase(r, Harness{Open: open}, all[n], m)
+		runCase(r, Harness{Open: open}, all[n], m, &report{})
 	}()
 	<-done
 	return r.failures

@@ -32,6 +32,8 @@ const (
 type wire struct {
 	client backend.Backend
 	close  func()
+	// cut is what the client sees of the server's death.
+	cut func()
 }
 
 // serve puts gRPC between the suite and b. Errors are looked at as they cross.
@@ -79,7 +81,7 @@ func serve(e *env, b backend.Backend) *wire {
 	if err != nil {
 		e.Fatalf("dial: %v", err)
 	}
-	w := &wire{client: backendgrpc.NewClient(conn)}
+	w := &wire{client: backendgrpc.NewClient(conn), cut: server.Stop}
 	w.close = sync.OnceFunc(func() {
 		if err := conn.Close(); err != nil {
 			e.Errorf("close the connection: %v", err)
@@ -119,7 +121,7 @@ func callerOf(ctx context.Context) context.Context {
 
 // checkStatus checks an error as it goes onto the wire.
 func (e *env) checkStatus(method string, err error) {
-	if err == nil {
+	if err == nil || e.isCut() {
 		return
 	}
 	st := status.Convert(err)
