@@ -34,6 +34,10 @@ type DriverOptions struct {
 	RetryInterval time.Duration
 	// Tries is how often a call is sent while its outcome is unclear; 3.
 	Tries int
+	// OnDeath, if set, is called when the driver's process dies, by Kill or by a
+	// fault, before any call can notice: to make dead what else belongs to the
+	// process. It must neither block nor use the provider.
+	OnDeath func()
 	// Bugs make the driver break its promises, to try a test suite on.
 	Bugs []Bug
 }
@@ -91,6 +95,7 @@ func Open(provider *Provider, env worker.Env, options DriverOptions) *Driver {
 	options.RetryInterval = cmp.Or(options.RetryInterval, 2*time.Millisecond)
 	options.Tries = cmp.Or(options.Tries, 3)
 	d := &Driver{provider: provider, env: env, options: options, process: newProcess(), reserved: map[attemptKey]reservation{}, loaded: make(chan bool, 1)}
+	d.process.last = options.OnDeath
 	d.loaded <- false
 	d.journal = mortalJournal{env.Journal, d.process}
 	return d
@@ -370,6 +375,19 @@ func none(err error) error { return backenderr.From(err).Clone().WithCreated(bac
 
 // Provision implements worker.Driver.
 func (d *Driver) Provision(ctx context.Context, order worker.Order) (worker.Ready, error) {
+	for {
+		ready, err := d.provision(ctx, order)
+		if !errors.Is(err, errOver) {
+			return ready, err
+		}
+	}
+}
+
+// errOver says that an attempt had been undone, and that this is on record now:
+// the next one may begin.
+var errOver = errors.New("the attempt is over")
+
+func (d *Driver) provision(ctx context.Context, order worker.Order) (worker.Ready, error) {
 	attempt, err := d.begin(ctx, order)
 	if err != nil {
 		return worker.Ready{}, err
@@ -378,6 +396,7 @@ func (d *Driver) Provision(ctx context.Context, order worker.Order) (worker.Read
 	if err == nil {
 		return ready, nil
 	}
+	over := errors.Is(err, errOver)
 	failure := classify(err, "provision")
 	if ctx.Err() != nil && !backenderr.Is(failure, backenderr.GrantEnded) {
 		failure = classify(ctx.Err(), "provision")
@@ -389,6 +408,9 @@ func (d *Driver) Provision(ctx context.Context, order worker.Order) (worker.Read
 			"grant_id", order.Grant.ID.String(), "attempt", attempt.Number, "error", err.Error())
 		return worker.Ready{}, failure.WithCreated(backenderr.CreatedUnknown).
 			WithMetadata(backenderr.MetaLeaked, d.name(order.Grant.ID, attempt.Number))
+	}
+	if over && ctx.Err() == nil {
+		return worker.Ready{}, errOver
 	}
 	return worker.Ready{}, failure.WithCreated(backenderr.CreatedNone)
 }
@@ -469,17 +491,25 @@ func (d *Driver) create(ctx context.Context, attempt *begun, r request) (view, e
 		v, err = d.provider.create(ctx, d.process, r)
 		return err
 	})
-	if code := codeOf(err); code == CodeNameInUse || code == CodeMismatch {
+	switch codeOf(err) {
+	case CodeNameInUse, CodeMismatch:
 		if v, err = d.describe(ctx, r.id, r.name); err != nil {
 			return view{}, err
 		}
 		return adopt(v, r)
+	case CodeTokenSpent:
+		return view{}, errOver
 	}
 	return v, err
 }
 
 // adopt takes over an instance that an earlier call made for the same attempt.
+// One that the driver itself has begun to undo, and then died, isn't taken up
+// again: two instances would have one attempt.
 func adopt(v view, r request) (view, error) {
+	if v.deleting || v.exit.Reason == backend.EndTerminated {
+		return view{}, errOver
+	}
 	if !v.same(r) {
 		return view{}, backenderr.New(backenderr.Internal, "instance %s was made with other parameters", r.name)
 	}
@@ -614,7 +644,7 @@ func (d *Driver) Watch(ctx context.Context, id backend.GrantID, usage func(backe
 	}
 }
 
-// watch looks for one interval.
+// watch looks until the end, or until it fails.
 func (d *Driver) watch(ctx context.Context, id backend.GrantID, usage func(backend.Usage), visible time.Time) (exit backend.Exit, over bool, err error) {
 	attempts, err := d.journal.Attempts(ctx, id)
 	if err != nil {
@@ -631,24 +661,30 @@ func (d *Driver) watch(ctx context.Context, id backend.GrantID, usage func(backe
 		}
 		return saved.Exit, true, nil
 	}
-	waiting, cancel := context.WithTimeout(ctx, d.options.UsageInterval)
-	defer cancel()
-	v, err := d.provider.until(waiting, d.process, OpWait, id, d.name(id, attempts[open].Number), func(v view) bool { return !v.endedAt.IsZero() })
-	switch {
-	case err == nil:
-		return v.exit, true, nil
-	case codeOf(err) == CodeNotFound && !time.Now().Before(visible):
-		if saved, err := d.journal.SavedLog(ctx, id); err != nil || saved != nil {
-			return exitOf(saved), err == nil, err
+	for {
+		v, err := d.wait(ctx, id, d.name(id, attempts[open].Number))
+		switch {
+		case err == nil:
+			return v.exit, true, nil
+		case codeOf(err) == CodeNotFound && !time.Now().Before(visible):
+			if saved, err := d.journal.SavedLog(ctx, id); err != nil || saved != nil {
+				return exitOf(saved), err == nil, err
+			}
+			return backend.Exit{Reason: backend.EndVanished}, true, nil
+		case !errors.Is(err, context.DeadlineExceeded) || ctx.Err() != nil:
+			return backend.Exit{}, false, err
 		}
-		return backend.Exit{Reason: backend.EndVanished}, true, nil
-	case errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil:
 		if v.running() {
 			usage(account(v, time.Now()))
 		}
-		return backend.Exit{}, false, nil
 	}
-	return backend.Exit{}, false, err
+}
+
+// wait waits for an instance's end for one interval.
+func (d *Driver) wait(ctx context.Context, id backend.GrantID, name string) (view, error) {
+	ctx, cancel := context.WithTimeout(ctx, d.options.UsageInterval)
+	defer cancel()
+	return d.provider.until(ctx, d.process, OpWait, id, name, func(v view) bool { return !v.endedAt.IsZero() })
 }
 
 func exitOf(log *backend.ComputeLog) backend.Exit {

@@ -19,6 +19,7 @@ const (
 	CodeNotFound        = "NotFound"
 	CodeNameInUse       = "NameInUse"
 	CodeMismatch        = "IdempotentParameterMismatch"
+	CodeTokenSpent      = "IdempotentInstanceTerminated"
 )
 
 // APIError is how the provider's API says no.
@@ -79,6 +80,8 @@ func classify(err error, doing string) *backenderr.Error {
 		return backenderr.Wrap(backenderr.Cancelled, err, "%s", doing)
 	case errors.Is(err, context.DeadlineExceeded):
 		return backenderr.Wrap(backenderr.DeadlineExceeded, err, "%s", doing)
+	case errors.Is(err, errOver):
+		return backenderr.Wrap(backenderr.ProviderUnavailable, err, "%s", doing).WithRetryAfter(time.Second)
 	case errors.Is(err, errKilled):
 		return backenderr.Wrap(backenderr.ProviderUnavailable, err, "%s", doing).WithRetryAfter(time.Second)
 	}

@@ -194,11 +194,20 @@ func (p *Provider) Mutations() int {
 type process struct {
 	once sync.Once
 	died chan struct{}
+	// last, if set, is what is done at death.
+	last func()
 }
 
 func newProcess() *process { return &process{died: make(chan struct{})} }
 
-func (c *process) kill() { c.once.Do(func() { close(c.died) }) }
+func (c *process) kill() {
+	c.once.Do(func() {
+		close(c.died)
+		if c.last != nil {
+			c.last()
+		}
+	})
+}
 
 func (c *process) dead() bool {
 	select {

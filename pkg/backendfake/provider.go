@@ -52,6 +52,7 @@ type Provider struct {
 	closed     bool
 	next       int
 	instances  map[string]*instance // by name
+	spent      map[string]bool      // tokens of instances that are gone
 	history    map[backend.GrantID]*History
 	injections []*Injection
 	calls      []*Call
@@ -125,7 +126,7 @@ type instance struct {
 // NewProvider returns a provider. Close it to stop its timers and SSH servers.
 func NewProvider(options Options) *Provider {
 	options.Hosts = slices.Clone(options.Hosts)
-	return &Provider{options: options, instances: map[string]*instance{}, history: map[backend.GrantID]*History{}}
+	return &Provider{options: options, instances: map[string]*instance{}, spent: map[string]bool{}, history: map[backend.GrantID]*History{}}
 }
 
 // Close ends everything that the provider runs.
@@ -303,6 +304,7 @@ func (p *Provider) remove(i *instance) {
 	p.end(i, backend.Exit{Reason: backend.EndVanished}, "")
 	i.stopTimers()
 	delete(p.instances, i.name)
+	p.spent[i.token] = true
 	i.notify()
 }
 
@@ -323,7 +325,8 @@ func (p *Provider) host(name string) (Host, bool) {
 	return p.options.Hosts[i], true
 }
 
-// create makes an instance, or returns the one that the same request made.
+// create makes an instance, or returns the one that the same request made. A
+// token makes one instance and never another, also when that is gone.
 func (p *Provider) create(ctx context.Context, from *process, r request) (view, error) {
 	var out view
 	err := p.call(ctx, from, OpCreate, r.id, func() (bool, error) {
@@ -336,6 +339,9 @@ func (p *Provider) create(ctx context.Context, from *process, r request) (view, 
 			}
 			out = i.view
 			return false, nil
+		}
+		if p.spent[r.token] {
+			return false, &APIError{Code: CodeTokenSpent, Message: "the instance that the token made is gone"}
 		}
 		if _, taken := p.instances[r.name]; taken {
 			return false, &APIError{Code: CodeNameInUse, Message: "there is an instance " + r.name}

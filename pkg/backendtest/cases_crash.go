@@ -71,7 +71,7 @@ func crashCases() []testCase {
 				},
 			})
 		}},
-		{name: "crash/while a cancelled Provision is retried", needs: needs(), run: func(e *env) {
+		{name: "crash/while a cancelled Provision is retried", needs: needs(), direct: true, run: func(e *env) {
 			create := e.f.CreatePoint
 			e.crashes(script{
 				held: create,
@@ -230,9 +230,18 @@ func provisions(r *run) error {
 	return err
 }
 
+// isReady provisions the grant and waits until the worker watches it.
 func isReady(r *run) {
 	r.Helper()
 	r.told(r.provision(r.g, r.envelope))
+	if r.f.UsageInterval == 0 {
+		return
+	}
+	ctx, cancel := context.WithCancel(r.ctx())
+	defer cancel()
+	for w := r.watch(ctx, r.handle(r.g.ID)); receive(r.env, "usage so far", w.events).Usage == nil; {
+		continue
+	}
 }
 
 func terminates(r *run) error {
@@ -285,6 +294,7 @@ func restarting(e *env) script {
 	}
 	return script{
 		everything: true,
+		varies:     true,
 		prepare: func(r *run) {
 			g, envelope := r.grant()
 			r.cutOff = &run{env: r.env, g: g, envelope: envelope, within: r.within}
@@ -295,6 +305,7 @@ func restarting(e *env) script {
 			r.ending = &run{env: r.env, g: g, envelope: envelope, within: r.within}
 			r.ending.told(r.provision(g, envelope))
 			crashed(r, Fault{Point: last, GrantID: g.ID}, func() error { return terminates(r.ending) })
+			r.revive() // The next one lives.
 		},
 		act: func(r *run) error {
 			b, err := r.f.Reopen(r.TB)

@@ -92,7 +92,7 @@ func (e *env) use(b backend.Backend) {
 }
 
 // cut cuts the connection to a worker that is dead. Whatever is used from now on
-// is cut, too, until reopen.
+// is cut, too, until revive.
 func (e *env) cut() {
 	e.mu.Lock()
 	e.killed = true
@@ -106,6 +106,13 @@ func (e *env) cut() {
 	}
 }
 
+// revive ends what cut began, before another worker is started.
+func (e *env) revive() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.killed = false
+}
+
 func (e *env) isCut() bool {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -115,9 +122,7 @@ func (e *env) isCut() bool {
 // reopen restarts the worker.
 func (e *env) reopen() {
 	e.Helper()
-	e.mu.Lock()
-	e.killed = false
-	e.mu.Unlock()
+	e.revive()
 	b, err := e.f.Reopen(e.TB)
 	if err != nil {
 		e.Fatalf("Reopen: %v", err)

@@ -9,8 +9,6 @@ import (
 	"io"
 	"log/slog"
 	"net"
-	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -24,6 +22,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
 )
@@ -48,10 +47,27 @@ type fake struct {
 	logs     *lockedBuffer
 	broken   breakage
 
+	// points is where the calls of all lives to their ledger pass.
+	points *ledgertest.Points
+
 	mu      sync.Mutex
 	runtime *worker.Runtime
 	driver  *backendfake.Driver
+	crashes []*fakeCrash
 }
+
+// fakeCrash is a crash that is waiting or done.
+type fakeCrash struct {
+	release func()
+	// hit is closed when the crash has begun, reached when the worker is dead.
+	hit     <-chan struct{}
+	once    sync.Once
+	reached chan struct{}
+}
+
+func (c *fakeCrash) Reached() <-chan struct{} { return c.reached }
+func (c *fakeCrash) Release()                 { c.release() }
+func (c *fakeCrash) done()                    { c.once.Do(func() { close(c.reached) }) }
 
 // lockedBuffer collects logs.
 type lockedBuffer struct {
@@ -80,48 +96,6 @@ var (
 	}
 )
 
-// emptyLedger returns the file of a ledger that was just made. Making one takes
-// longer, under the race detector, than all else that a case needs.
-var emptyLedger = sync.OnceValues(func() ([]byte, error) {
-	dir, err := os.MkdirTemp("", "backendtest")
-	if err != nil {
-		return nil, err
-	}
-	defer func() { _ = os.RemoveAll(dir) }()
-	path := filepath.Join(dir, "ledger.db")
-	l, err := ledger.Open(context.Background(), ledger.Config{Path: path})
-	if err != nil {
-		return nil, err
-	}
-	if err := l.Close(); err != nil {
-		return nil, err
-	}
-	return os.ReadFile(path)
-})
-
-// openLedger opens an empty ledger until the end of the test.
-func openLedger(t testing.TB) *ledger.Ledger {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "ledger.db")
-	empty, err := emptyLedger()
-	if err == nil {
-		err = os.WriteFile(path, empty, 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	l, err := ledger.Open(t.Context(), ledger.Config{Path: path})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := l.Close(); err != nil {
-			t.Errorf("close the ledger: %v", err)
-		}
-	})
-	return l
-}
-
 // openFake returns an opener of fixtures with a worker that is broken in one
 // way, or in none.
 func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fixture {
@@ -132,12 +106,12 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 		if broken.provider != nil {
 			broken.provider(&options)
 		}
-		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken}
+		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken, points: &ledgertest.Points{}}
 		t.Cleanup(f.provider.Close)
 		secret := make([]byte, 32)
 		_, _ = rand.Read(secret) // Never fails.
 		f.secret = redact.New(secret)
-		f.ledger = openLedger(t)
+		f.ledger = ledgertest.Open(t)
 		t.Cleanup(func() {
 			f.kill()
 			f.stop()
@@ -149,8 +123,12 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 	t.Helper()
 	line, _ := newLogin(t)
+	opened, err := f.start(t)
+	if err != nil {
+		t.Fatal(err)
+	}
 	fixture := &Fixture{
-		Backend: f.start(t),
+		Backend: opened,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
 			g := backend.Grant{
 				Image: backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: [32]byte{1}}, Kind: backend.ImageOCIArchive},
@@ -199,30 +177,23 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 		FailBoot:      func(console string) { f.provider.FailBoot(backendfake.ExitStatus{Code: 127, Console: console}) },
 		UsageInterval: usageInterval,
 		Measures:      true,
-		Inject: func(fault Fault) Injection {
-			times := 1
-			if fault.Always {
-				times = -1
-			}
-			return f.provider.Inject(backendfake.Op(fault.Point), backendfake.Fault{
-				Kind: fakeKinds[fault.Kind], Skip: max(fault.Nth, 1) - 1, Times: times, GrantID: fault.GrantID,
-			})
-		},
-		Record:      f.record,
-		CreatePoint: string(backendfake.OpCreate),
-		ReadPoint:   string(backendfake.OpList),
+		Inject:        f.inject,
+		Record:        f.record,
+		CreatePoint:   string(backendfake.OpCreate),
+		ReadPoint:     string(backendfake.OpList),
 		Reopen: func(t testing.TB) (backend.Backend, error) {
 			t.Helper()
 			f.stop()
 			if f.broken.amnesia {
-				f.ledger = openLedger(t)
+				f.ledger = ledgertest.Open(t)
 				t.Cleanup(f.stop) // Before the ledger is closed.
 			}
-			return f.start(t), nil
+			return f.start(t)
 		},
-		Kill: f.kill,
-		Runs: func(id backend.GrantID) bool { return f.provider.Running(id) > 0 },
-		Logs: f.logs.bytes,
+		Kill:      f.kill,
+		Runs:      func(id backend.GrantID) bool { return f.provider.Running(id) > 0 },
+		OrphanAge: orphanAge,
+		Logs:      f.logs.bytes,
 	}
 	fixture.Unsatisfiable = func() (backend.Grant, backend.Envelope) {
 		g, envelope := fixture.Satisfiable()
@@ -235,18 +206,85 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 	return fixture
 }
 
-// record writes down the calls of the provider's API for a grant, or all.
+// record writes down the calls for a grant, or all.
 func (f *fake) record(id backend.GrantID) (stop func() []Call) {
 	before := len(f.provider.Calls())
+	var ids []ledger.RequestID
+	if id != (backend.GrantID{}) {
+		ids = append(ids, ledger.RequestID(id))
+	}
+	ledgerCalls := f.points.Record(ids...)
 	return func() []Call {
 		var calls []Call
+		for _, c := range ledgerCalls() {
+			// The background makes calls for nobody in particular.
+			varies := c.RequestID == ledger.RequestID{}
+			calls = append(calls, Call{Side: SideLedger, Point: c.Point, Mutates: c.Mutates, Varies: varies})
+		}
 		for _, c := range f.provider.Calls()[before:] {
 			if id == (backend.GrantID{}) || c.GrantID == id {
-				calls = append(calls, Call{Side: SideProvider, Point: string(c.Op), Mutates: c.Op.Mutates(), Varies: c.Op == backendfake.OpWait})
+				varies := c.Op == backendfake.OpWait || c.GrantID == backend.GrantID{}
+				calls = append(calls, Call{Side: SideProvider, Point: string(c.Op), Mutates: c.Op.Mutates(), Varies: varies})
 			}
 		}
 		return calls
 	}
+}
+
+func (f *fake) inject(fault Fault) Injection {
+	crash := &fakeCrash{reached: make(chan struct{})}
+	f.mu.Lock()
+	f.crashes = append(f.crashes, crash)
+	f.mu.Unlock()
+	crashing := fault.Kind == FaultCrashBefore || fault.Kind == FaultCrashAfter
+	if fault.Side == SideLedger {
+		i := f.points.Inject(ledgertest.Fault{
+			Point: fault.Point, Nth: fault.Nth, Kind: fakeLedgerKinds[fault.Kind], Always: fault.Always,
+			RequestID: ledger.RequestID(fault.GrantID),
+			Crash: func() {
+				f.kill()
+				crash.done()
+			},
+		})
+		if !crashing {
+			return i
+		}
+		crash.release = i.Release
+		return crash
+	}
+	times := 1
+	if fault.Always {
+		times = -1
+	}
+	i := f.provider.Inject(backendfake.Op(fault.Point), backendfake.Fault{
+		Kind: fakeKinds[fault.Kind], Skip: max(fault.Nth, 1) - 1, Times: times, GrantID: fault.GrantID,
+	})
+	if !crashing {
+		return i
+	}
+	f.mu.Lock()
+	crash.release, crash.hit = i.Release, i.Reached()
+	f.mu.Unlock()
+	return crash
+}
+
+// crashed is called when a worker has died.
+func (f *fake) crashed() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, c := range f.crashes {
+		select {
+		case <-c.hit:
+			c.done()
+		default:
+		}
+	}
+}
+
+// fakeLedgerKinds translates the suite's faults of the ledger.
+var fakeLedgerKinds = map[FaultKind]ledgertest.Kind{
+	FaultUnavailable: ledgertest.Refuse, FaultSlow: ledgertest.Slow, FaultLostAnswer: ledgertest.LoseAnswer,
+	FaultCrashBefore: ledgertest.CrashBefore, FaultCrashAfter: ledgertest.CrashAfter,
 }
 
 // fakeKinds translates the suite's faults.
@@ -260,29 +298,42 @@ var fakeKinds = map[FaultKind]backendfake.Kind{
 // usageInterval is how often the fake reports usage.
 const usageInterval = 20 * time.Millisecond
 
+// The fake's worker soon takes what is cut off for an orphan.
+const (
+	sweepInterval = 50 * time.Millisecond
+	orphanAge     = 300 * time.Millisecond
+)
+
 // start starts a worker process.
-func (f *fake) start(t testing.TB) backend.Backend {
+func (f *fake) start(t testing.TB) (backend.Backend, error) {
 	t.Helper()
+	life := ledgertest.New(f.ledger, f.points)
 	runtime, err := worker.NewRuntime(worker.RuntimeConfig{
-		BridgeID: "test", Backend: "fake", Ledger: f.ledger, Secret: f.secret,
+		BridgeID: "test", Backend: "fake", Ledger: life, Secret: f.secret,
+		SweepInterval: sweepInterval, OrphanAge: orphanAge,
 		Log: slog.New(slog.NewJSONHandler(f.logs, nil)), Metrics: prometheus.NewRegistry(),
 	})
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
 	driver := backendfake.Open(f.provider, runtime.Env(), backendfake.DriverOptions{
 		BootTimeout: 2 * time.Second, UsageInterval: usageInterval, Bugs: f.broken.bugs,
+		OnDeath: func() {
+			life.Kill()
+			f.crashed()
+		},
 	})
-	if err := runtime.Start(t.Context(), driver); err != nil {
-		t.Fatal(err)
-	}
 	f.mu.Lock()
 	f.runtime, f.driver = runtime, driver
 	f.mu.Unlock()
-	if f.broken.backend != nil {
-		return f.broken.backend(runtime)
+	if err := runtime.Start(t.Context(), driver); err != nil {
+		f.stop()
+		return nil, err
 	}
-	return runtime
+	if f.broken.backend != nil {
+		return f.broken.backend(runtime), nil
+	}
+	return runtime, nil
 }
 
 // stop stops the worker process in good order, if it isn't dead.
@@ -299,8 +350,9 @@ func (f *fake) stop() {
 // kill ends the worker process.
 func (f *fake) kill() {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	f.driver.Kill()
+	driver := f.driver
+	f.mu.Unlock()
+	driver.Kill()
 }
 
 // login logs in to an instance of the fake and runs a command.
@@ -362,5 +414,5 @@ func TestFakeHonoursTheContractWhenReadsLag(t *testing.T) {
 }
 
 func TestFakeHonoursTheContract(t *testing.T) {
-	Run(t, Harness{Open: openFake(plain, breakage{})})
+	Run(t, Harness{Open: openFake(plain, breakage{}), Sweep: Sweep{Parallel: 4}})
 }

@@ -67,6 +67,17 @@ func (t *tally) did(j job, reached bool) {
 	t.runs[j.Side][j.kind]++
 }
 
+// missed returns how many runs never reached their call.
+func (t *tally) missed() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	n := 0
+	for _, times := range t.unreached {
+		n += times
+	}
+	return n
+}
+
 // String is one line for people.
 func (t *tally) String() string {
 	t.mu.Lock()

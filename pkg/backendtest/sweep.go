@@ -35,6 +35,8 @@ type script struct {
 	held string
 	// everything means that all calls count, not only those for the grant.
 	everything bool
+	// varies means that several things go on at once, in an order that differs.
+	varies bool
 	// insists means that act doesn't come to an end while a call fails.
 	insists bool
 }
@@ -324,17 +326,23 @@ func (j job) fault(id backend.GrantID) Fault {
 func (e *env) sweep(s script, jobsAt func(Call) []job, do func(e *env, j job, clean time.Duration) (reached bool)) {
 	e.Helper()
 	e.clean(s) // The first run may find less prepared than the others.
+	before, _ := e.clean(s)
 	calls, took := e.clean(s)
 	if len(calls) == 0 {
 		e.Fatalf("a clean run made no calls")
 	}
 	tally := e.tally(calls)
 	var jobs []job
-	seen := map[Call]int{}
+	seen, usual := map[Call]int{}, map[Call]int{}
+	for _, c := range before {
+		usual[Call{Side: c.Side, Point: c.Point}]++
+	}
 	for _, c := range calls {
 		key := Call{Side: c.Side, Point: c.Point}
 		seen[key]++
-		if c.Side == SideProvider && c.Point == s.held && seen[key] == 1 || c.Varies && seen[key] > 2 || e.h.Sweep.MutatingOnly && !c.Mutates {
+		polled := c.Varies
+		c.Varies = c.Varies || s.varies || seen[key] > usual[key]
+		if c.Side == SideProvider && c.Point == s.held && seen[key] == 1 || polled && seen[key] > 2 || e.h.Sweep.MutatingOnly && !c.Mutates {
 			continue
 		}
 		for _, j := range jobsAt(c) {
@@ -366,10 +374,13 @@ func (e *env) sweep(s script, jobsAt func(Call) []job, do func(e *env, j job, cl
 			}
 			tally.did(j, reached)
 			if !reached && !j.Varies {
-				e.Errorf("a clean run made this call, and %d others did not", tries)
+				e.Errorf("clean runs made this call, and %d others did not", tries)
 			}
 		}
 	})
+	if missed := tally.missed(); missed > len(jobs)/3 {
+		e.Errorf("%d of %d runs never reached the call that they were for", missed, len(jobs))
+	}
 }
 
 // inParallel does something with n environments at once, of which the first is

@@ -676,6 +676,7 @@ func (r *Runtime) Terminate(ctx context.Context, handle backend.Handle) (backend
 	if err != nil {
 		return backend.Termination{}, ledgerError(err, "close grant")
 	}
+	whole := ctx
 	if deadline, ok := ctx.Deadline(); ok {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithDeadline(ctx, deadline.Add(-answerMargin))
@@ -713,7 +714,7 @@ func (r *Runtime) Terminate(ctx context.Context, handle backend.Handle) (backend
 			return backend.Termination{}, callerGone(err)
 		}
 		// The keeper may have been one that was just leaving a failed attempt.
-		t, err := r.terminated(context.WithoutCancel(ctx), id)
+		t, err := r.terminated(whole, id)
 		if err != nil || t.State == backend.StateTerminated {
 			return t, err
 		}
