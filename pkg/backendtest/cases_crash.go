@@ -190,7 +190,7 @@ func (e *env) crash(s script, j job) (reached bool) {
 
 // linger is how long after the end of what is swept a call may come that was
 // part of it.
-const linger = 100 * time.Millisecond
+const linger = 200 * time.Millisecond
 
 // reaches waits until something has acted, and does what is to be done when the
 // fault has hit.

@@ -404,7 +404,7 @@ var lagging = backendfake.Options{
 }
 
 func TestFakeHonoursTheContractWhenReadsLag(t *testing.T) {
-	h := Harness{Open: openFake(lagging, breakage{})}
+	h := Harness{Open: openFake(lagging, breakage{}), Sweep: Sweep{Sample: 4, Parallel: 4}}
 	for _, c := range cases() {
 		group, _, _ := strings.Cut(c.name, "/")
 		if slices.Contains([]string{"provision", "terminate", "errors", "crash"}, group) && slices.Contains(c.needs, needInject) {
@@ -414,5 +414,13 @@ func TestFakeHonoursTheContractWhenReadsLag(t *testing.T) {
 }
 
 func TestFakeHonoursTheContract(t *testing.T) {
-	Run(t, Harness{Open: openFake(plain, breakage{}), Sweep: Sweep{Parallel: 4}})
+	Run(t, Harness{Open: openFake(plain, breakage{}), Sweep: Sweep{Sample: 16, Parallel: 4}})
+}
+
+func TestLongFakeSurvivesEveryCrashAndFault(t *testing.T) {
+	Run(t, Harness{Open: openFake(plain, breakage{}), Only: []string{"crash", "faults"}, Sweep: Sweep{Parallel: 6}})
+}
+
+func TestLongFakeSurvivesEveryCrashAndFaultWhenReadsLag(t *testing.T) {
+	Run(t, Harness{Open: openFake(lagging, breakage{}), Only: []string{"crash", "faults"}, Sweep: Sweep{Parallel: 6}, DirectOnly: true})
 }

@@ -34,7 +34,8 @@ type Harness struct {
 // them the worker is killed at, or which fail. What is left out is counted and
 // told.
 type Sweep struct {
-	// Sample is how many calls each case takes, chosen at random; 0 means all.
+	// Sample is how many runs each case makes, chosen at random from all calls
+	// and all that may go wrong at each; 0 means all.
 	Sample int
 	// Seed makes a random choice again; 0 means another one each time. Failures
 	// tell it.

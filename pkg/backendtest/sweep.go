@@ -182,12 +182,18 @@ func (r *run) held(hold Injection, call <-chan outcome) (o outcome, held bool, e
 	}
 }
 
-// gone waits until nothing of the grant is left, without failing.
+// gone waits until nothing of the grant is left and the worker is done with it,
+// without failing.
 func (r *run) gone() error {
 	deadline := time.Now().Add(r.patience)
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
-	for len(r.left(r.g.ID)) > 0 && !r.isCut() {
+	for !r.isCut() {
+		if len(r.left(r.g.ID)) == 0 {
+			if state, err := r.stateSeen(r.ctx()); err != nil || state == 0 {
+				return err
+			}
+		}
 		if time.Now().After(deadline) {
 			return &stuckError{"the undoing of a cancelled Provision", r.patience}
 		}
@@ -370,7 +376,7 @@ func (e *env) sweep(s script, jobsAt func(Call) []job, do func(e *env, j job, cl
 			e.at(j.String() + ": ")
 			reached := false
 			for try := 0; !reached && try < tries; try++ {
-				reached = do(e, j, took)
+				reached = do(e, j, took<<try)
 			}
 			tally.did(j, reached)
 			if !reached && !j.Varies {

@@ -36,10 +36,14 @@ type wire struct {
 	cut func()
 }
 
+// newValidator returns the validator of requests. Learning the rules takes longer
+// than most cases.
+var newValidator = sync.OnceValues(func() (protovalidate.Validator, error) { return protovalidate.New() })
+
 // serve puts gRPC between the suite and b. Errors are looked at as they cross.
 func serve(e *env, b backend.Backend) *wire {
 	e.Helper()
-	validator, err := protovalidate.New()
+	validator, err := newValidator()
 	if err != nil {
 		e.Fatalf("protovalidate: %v", err)
 	}
