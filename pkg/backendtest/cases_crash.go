@@ -39,13 +39,13 @@ func crashCases() []testCase {
 		{name: "crash/during Provision, and then Terminate", needs: needs(), run: func(e *env) {
 			e.crashes(script{act: provisions, settle: func(r *run) { r.over(backend.EndTerminated) }})
 		}},
-		{name: "crash/during Provision, which nobody retries", needs: needs(needOrphanAge), direct: true, run: func(e *env) {
+		{name: "orphans/of a crash during Provision, which nobody retries", needs: needs(needOrphanAge), direct: true, run: func(e *env) {
 			e.crashes(script{act: provisions, settle: func(r *run) {
 				r.settledAlone()
 				retried(r)
 			}})
 		}},
-		{name: "crash/while a cancelled Provision is undone", needs: needs(needOrphanAge), direct: true, run: func(e *env) {
+		{name: "orphans/of a crash while a cancelled Provision is undone", needs: needs(needOrphanAge), direct: true, run: func(e *env) {
 			points := e.allProvisionPoints()
 			last := points[len(points)-1]
 			e.crashes(script{
@@ -75,6 +75,8 @@ func crashCases() []testCase {
 			create := e.f.CreatePoint
 			e.crashes(script{
 				held: create,
+				// The retry may come before the undoing has begun.
+				varies: true,
 				act: func(r *run) error {
 					hold := r.f.Inject(Fault{Point: create, Kind: FaultSlow, GrantID: r.g.ID})
 					defer hold.Release()
@@ -108,6 +110,7 @@ func crashCases() []testCase {
 					g, envelope, p := r.short()
 					r.g, r.envelope = g, envelope
 					r.told(p)
+					r.attended()
 				},
 				act: func(r *run) error {
 					ctx, cancel := r.limited()
@@ -230,10 +233,17 @@ func provisions(r *run) error {
 	return err
 }
 
-// isReady provisions the grant and waits until the worker watches it.
+// isReady provisions the grant.
 func isReady(r *run) {
 	r.Helper()
 	r.told(r.provision(r.g, r.envelope))
+	r.attended()
+}
+
+// attended waits until the worker watches the instance, so that the calls by
+// which it begins to don't mix with those that follow.
+func (r *run) attended() {
+	r.Helper()
 	if r.f.UsageInterval == 0 {
 		return
 	}

@@ -273,13 +273,25 @@ func (s *suiteSite) usable(ctx context.Context) error {
 func exceptedOnHosts() map[string]string {
 	const elsewhere = "a process can't be killed from within; test/e2e kills the worker's own"
 	return map[string]string{
-		"watch/an instance that the provider took back is INTERRUPTED": "the operator's own hosts take nothing back",
-		"errors/every refusal has its reason and leaves nothing":       "a host that lets the worker in refuses it nothing, and has no quota",
-		"errors/clean-up that isn't confirmed is unknown":              "the steps of a host's clean-up make up for each other: one that fails keeps nothing",
-		"errors/no secret of the grant is told":                        "a host that lets the worker in refuses it nothing",
-		"crash/during Provision, which is then retried":                elsewhere,
-		"crash/during Provision, and then Terminate":                   elsewhere,
-		"crash/during Terminate, which is then retried":                elsewhere,
-		"crash/during Terminate, which nobody retries":                 elsewhere,
+		"watch/an instance that the provider took back is INTERRUPTED":    "the operator's own hosts take nothing back",
+		"errors/every refusal has its reason and leaves nothing":          "a host that lets the worker in refuses it nothing, and has no quota",
+		"errors/clean-up that isn't confirmed is unknown":                 "the steps of a host's clean-up make up for each other: one that fails keeps nothing",
+		"errors/no secret of the grant is told":                           "a host that lets the worker in refuses it nothing",
+		"crash/during Provision with a sealed key, which is then retried": elsewhere,
+		"orphans/of a crash during Provision, which nobody retries":       elsewhere,
+		"orphans/of a crash while a cancelled Provision is undone":        elsewhere,
+		"crash/while a cancelled Provision is retried":                    elsewhere,
+		"crash/during a watch until the workload's end":                   elsewhere,
+		"crash/during a watch until the deadline":                         elsewhere,
+		"crash/during Terminate of what is being made":                    elsewhere,
+		"crash/during a restart":                                          elsewhere,
+		"faults/at each call of Provision":                                elsewhere,
+		"faults/at each call of Terminate":                                elsewhere,
+		"faults/at each call of a watch until the workload's end":         elsewhere,
+		"faults/at each call of a restart":                                elsewhere,
+		"crash/during Provision, which is then retried":                   elsewhere,
+		"crash/during Provision, and then Terminate":                      elsewhere,
+		"crash/during Terminate, which is then retried":                   elsewhere,
+		"crash/during Terminate, which nobody retries":                    elsewhere,
 	}
 }
