@@ -19,6 +19,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/firewall"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/inventory"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
 )
 
 // Config is the [backend] section of the worker's configuration.
@@ -54,6 +55,10 @@ type Config struct {
 
 	ImageStore ImageStoreConfig `toml:"image_store"`
 	Hosts      []HostConfig     `toml:"host"`
+
+	// For tests, in which a host is silent for seconds instead of minutes.
+	connection func(*sshconn.Config)
+	undoLimit  time.Duration // 0: undoTimeout
 }
 
 // ImageStoreConfig says where images come from.

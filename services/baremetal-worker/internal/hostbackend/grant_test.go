@@ -234,67 +234,6 @@ func stage(t *testing.T, s *site, id backend.GrantID, text string, then func()) 
 	}()
 }
 
-func TestCancelledGrantIsUndoneAndCanBeRetried(t *testing.T) {
-	t.Parallel()
-	h := lab.NewHost(t, lab.HostOptions{})
-	s := newSite(t, nil, h)
-	key := newLogin(t)
-	image := s.image(ociimage.Shell)
-	for _, at := range []string{"sending image", "starting", "waiting for SSH"} {
-		t.Run(at, func(t *testing.T) {
-			g, e := grant(image, key)
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			stage(t, s, g.ID, at, cancel)
-			_, err := s.runtime.Provision(caller(ctx), g, e)
-			if err == nil {
-				t.Log("was ready before the cancellation")
-			} else if !backenderr.Is(err, backenderr.Cancelled) {
-				t.Fatalf("got %v", err)
-			} else {
-				soon(t, func() error { return s.allFree(t.Context()) })
-				if left, err := h.Leftovers(t.Context(), "image "); err != nil || len(left) > 0 {
-					t.Fatalf("left behind: %v (%v)", left, err)
-				}
-			}
-			p := s.provision(t, g, e)
-			if _, err := run(t, p, key, "true"); err != nil {
-				t.Error(err)
-			}
-			s.terminate(t, p)
-		})
-	}
-}
-
-func TestTerminateDuringProvision(t *testing.T) {
-	t.Parallel()
-	s := newSite(t, nil, lab.NewHost(t, lab.HostOptions{}))
-	key := newLogin(t)
-	image := s.image(ociimage.Shell)
-	for _, at := range []string{"sending image", "starting", "waiting for SSH"} {
-		t.Run(at, func(t *testing.T) {
-			g, e := grant(image, key)
-			ended := make(chan error, 1)
-			stage(t, s, g.ID, at, func() {
-				end, err := s.runtime.Terminate(caller(t.Context()), backend.HandleFor(g.ID))
-				if err == nil && end.State != backend.StateTerminated {
-					err = fmt.Errorf("state %s", end.State)
-				}
-				ended <- err
-			})
-			_, err := s.runtime.Provision(caller(t.Context()), g, e)
-			if err != nil && !backenderr.Is(err, backenderr.GrantEnded) {
-				t.Errorf("got %v", err)
-			}
-			if err := <-ended; err != nil {
-				t.Error(err)
-			}
-			_, err = s.runtime.Provision(caller(t.Context()), g, e)
-			refused(t, err, backenderr.GrantEnded)
-		})
-	}
-}
-
 func TestUnknownGrantIsTerminatedOnlyIfAllHostsWereSeen(t *testing.T) {
 	t.Parallel()
 	one, two := lab.NewHost(t, lab.HostOptions{}), lab.NewHost(t, lab.HostOptions{})

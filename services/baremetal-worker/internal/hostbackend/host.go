@@ -125,6 +125,9 @@ func newHost(ctx context.Context, b *Backend, c HostConfig) (*host, error) {
 		// The janitor does its work also beside a worker that hangs.
 		conn.First, conn.Admit = lease.Args(), h.admit
 	}
+	if b.config.connection != nil {
+		b.config.connection(&conn)
+	}
 	h.conn, err = sshconn.Open(ctx, conn, b.log)
 	if err != nil {
 		return nil, err

@@ -72,6 +72,70 @@ type site struct {
 	runtime *worker.Runtime
 	driver  *Backend
 	log     *slog.Logger
+
+	mu    sync.Mutex // protects hooks
+	hooks map[hookPoint]func(context.Context)
+}
+
+// phases are where a Provision may be hit: before anything of it, and at each
+// of the driver's own steps.
+var phases = []string{phaseBegin, "sending image", "verifying image", "unpacking image", phaseStarting, phaseReady}
+
+const (
+	phaseBegin    = "begin"
+	phaseStarting = "starting"
+	phaseReady    = "waiting for SSH"
+)
+
+// hookPoint is a moment of a grant's Provision.
+type hookPoint struct {
+	grant backend.GrantID
+	phase string
+}
+
+// at runs a function when the driver gets to a phase of a grant, once, before it
+// goes on. The context is the driver's.
+func (s *site) at(id backend.GrantID, phase string, hook func(context.Context)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.hooks == nil {
+		s.hooks = map[hookPoint]func(context.Context){}
+	}
+	s.hooks[hookPoint{id, phase}] = hook
+}
+
+func (s *site) reached(ctx context.Context, id backend.GrantID, phase string) {
+	s.mu.Lock()
+	hook := s.hooks[hookPoint{id, phase}]
+	delete(s.hooks, hookPoint{id, phase})
+	s.mu.Unlock()
+	if hook != nil {
+		hook(ctx)
+	}
+}
+
+// wasReached reports whether a hook has run.
+func (s *site) wasReached(id backend.GrantID, phase string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.hooks[hookPoint{id, phase}] == nil
+}
+
+// hooked is the driver with the site's hooks.
+type hooked struct {
+	*Backend
+	site *site
+}
+
+// Provision implements worker.Driver.
+func (d hooked) Provision(ctx context.Context, order worker.Order) (worker.Ready, error) {
+	tell := order.Progress
+	order.Progress = func(text string) {
+		tell(text)
+		d.site.reached(ctx, order.Grant.ID, text)
+	}
+	d.site.reached(ctx, order.Grant.ID, phaseBegin)
+	return d.Backend.Provision(ctx, order)
 }
 
 // newSite starts a worker on hosts.
@@ -231,7 +295,7 @@ func (s *site) tryStart() error {
 	if !ok {
 		return fmt.Errorf("Open returned a %T", driver)
 	}
-	if err := r.Start(s.t.Context(), driver); err != nil {
+	if err := r.Start(s.t.Context(), hooked{own, s}); err != nil {
 		return err
 	}
 	s.runtime, s.driver = r, own

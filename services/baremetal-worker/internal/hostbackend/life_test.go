@@ -212,10 +212,11 @@ func TestAttemptOfADeadWorkerIsTakenUp(t *testing.T) {
 	}
 }
 
-// forgetImages has images sent anew.
+// forgetImages has images sent and unpacked anew.
 func forgetImages(t *testing.T, s *site) {
 	t.Helper()
-	if _, err := s.hosts[0].Exec(t.Context(), "find", s.driver.dirs.cache.String(), "-type", "f", "-delete"); err != nil {
+	d := s.driver.dirs
+	if _, err := s.hosts[0].Exec(t.Context(), "find", d.cache.String(), d.index.String(), "-type", "f", "-delete"); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -319,35 +320,5 @@ func TestLostConnectionIsNoEnd(t *testing.T) {
 	checkUsage(t, s.terminate(t, p))
 	if err := <-watched; err != nil {
 		t.Error(err)
-	}
-}
-
-func TestConnectionResetDuringProvision(t *testing.T) {
-	t.Parallel()
-	h := lab.NewHost(t, lab.HostOptions{})
-	s := newSite(t, nil, h)
-	key := newLogin(t)
-	image := s.image(ociimage.Shell)
-	for _, at := range []string{"sending image", "starting", "waiting for SSH"} {
-		t.Run(at, func(t *testing.T) {
-			forgetImages(t, s)
-			g, e := grant(image, key)
-			stage(t, s, g.ID, at, func() {
-				if err := h.ResetConnections(t.Context()); err != nil {
-					t.Error(err)
-				}
-			})
-			p, err := s.runtime.Provision(caller(t.Context()), g, e)
-			if err != nil {
-				if !backenderr.Is(err, backenderr.ProviderUnavailable) || backenderr.CreatedOf(err) == "" {
-					t.Errorf("got %v", err)
-				}
-				soon(t, func() error { p, err = s.runtime.Provision(caller(t.Context()), g, e); return err })
-			}
-			if n := containers(t, h); n != 1 {
-				t.Errorf("%d containers", n)
-			}
-			s.terminate(t, p)
-		})
 	}
 }

@@ -1,6 +1,7 @@
 package hostbackend
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -156,7 +157,7 @@ func none(err error) error { return backenderr.From(err).Clone().WithCreated(bac
 
 // undo takes back a failed attempt and says whether that is confirmed.
 func (b *Backend) undo(ctx context.Context, h *host, id backend.GrantID, a *attempt, cause error) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cmp.Or(b.config.undoLimit, undoTimeout))
 	defer cancel()
 	failure := backenderr.From(cause).Clone()
 	if backenderr.Is(failure, backenderr.ProviderUnavailable) && failure.RetryAfter <= 0 {
