@@ -193,12 +193,14 @@ func nftLeftovers(ruleset []byte) ([]string, error) {
 }
 
 // leftFiles lists grants' directories and half-written files of the caches; and
-// what systemd, podman and its runtime keep of a container or a unit.
+// what systemd, podman and its runtime keep of a container or a unit. (podman
+// forgets an empty directory in /run/libpod/persist for each container that it
+// could not start.)
 func (h *Host) leftFiles(ctx context.Context) ([]string, error) {
 	return h.lines(ctx, "file ", "sh", "-c", `
 		[ ! -d "$1" ] || find "$1" -path '*/grants/*' -prune -print -o -name '.tmp-*' -print
 		[ ! -d "$2" ] || find "$2" -regextype egrep -maxdepth 2 -regex '.*/[0-9a-f]{64}'
-		for dir in /run/netns /run/crun /run/libpod/persist /run/libpod/exits; do
+		for dir in /run/netns /run/crun /run/libpod/exits; do
 			[ ! -d "$dir" ] || find "$dir" -mindepth 1 -maxdepth 1 ! -name '.*'
 		done
 		find /run /sys/fs/cgroup -maxdepth 3 -name 'cb-*'`,

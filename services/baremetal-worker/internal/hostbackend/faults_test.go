@@ -146,9 +146,7 @@ func (s *site) whileUnitStarts(t *testing.T, id backend.GrantID, then func(conte
 // has failed, and what it says is there.
 func checkFailedByFault(t *testing.T, s *site, phase string, err error) {
 	t.Helper()
-	// A workload that its host's power cut ended may be what the worker sees
-	// first.
-	if !backenderr.Is(err, backenderr.ProviderUnavailable, backenderr.WorkloadFailed) {
+	if !backenderr.Is(err, backenderr.ProviderUnavailable) {
 		t.Errorf("got %v", err)
 	}
 	switch created := backenderr.CreatedOf(err); created {

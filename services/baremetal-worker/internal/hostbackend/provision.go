@@ -31,6 +31,11 @@ const (
 	// Pauses between tries; the first comes at once.
 	minReadyPause = 10 * time.Millisecond
 	maxReadyPause = 250 * time.Millisecond
+	// maxPortTries bounds the attempts that give up for a port that something else
+	// has, each of which learns of at least one.
+	maxPortTries = 4
+	// avoidPort is how long such a port is left alone before it is tried again.
+	avoidPort = 10 * time.Minute
 	// logTail is how many lines of a failed unit's journal are looked at.
 	logTail = "20"
 )
@@ -51,21 +56,44 @@ func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Rea
 	if err != nil {
 		return worker.Ready{}, err
 	}
-	h := b.byName[a.params.Host]
-	if h == nil {
-		return worker.Ready{}, backenderr.New(backenderr.ProviderUnavailable, "attempt %d is on host %s, which is no longer in the configuration", a.number, a.params.Host)
+	for try := 1; ; try++ {
+		h := b.byName[a.params.Host]
+		if h == nil {
+			return worker.Ready{}, backenderr.New(backenderr.ProviderUnavailable, "attempt %d is on host %s, which is no longer in the configuration", a.number, a.params.Host)
+		}
+		h.images.use(id, a.params.Image)
+		ready, err := h.provision(ctx, order, a)
+		if err == nil {
+			return ready, nil
+		}
+		failure := b.undo(ctx, h, id, a, err)
+		if other := h.elsewhere(); other != nil && backenderr.CreatedOf(failure) == backenderr.CreatedUnknown {
+			// The replica that has the host now goes on with the attempt.
+			return worker.Ready{}, backenderr.Wrap(backenderr.OtherReplica, failure, "%s", other).WithRetryAfter(retryElsewhere)
+		}
+		// A port that something else has is no reason to send the grant away: the
+		// next attempt gets others.
+		if !b.avoidForeignPorts(ctx, h, err) || try == maxPortTries || backenderr.CreatedOf(failure) != backenderr.CreatedNone {
+			return worker.Ready{}, failure
+		}
+		if a, err = b.begin(ctx, order.Grant); err != nil {
+			return worker.Ready{}, err
+		}
 	}
-	h.images.use(id, a.params.Image)
-	ready, err := h.provision(ctx, order, a)
-	if err == nil {
-		return ready, nil
+}
+
+// avoidForeignPorts keeps ports that an attempt found taken from grants for a
+// while. It reports whether that was the matter.
+func (b *Backend) avoidForeignPorts(ctx context.Context, h *host, err error) bool {
+	foreign, ok := errors.AsType[*foreignPortsError](err)
+	if !ok {
+		return false
 	}
-	err = b.undo(ctx, h, id, a, err)
-	if other := h.elsewhere(); other != nil && backenderr.CreatedOf(err) == backenderr.CreatedUnknown {
-		// The replica that has the host now goes on with the attempt.
-		return worker.Ready{}, backenderr.Wrap(backenderr.OtherReplica, err, "%s", other).WithRetryAfter(retryElsewhere)
+	b.log.WarnContext(ctx, "Something else on the host has ports of the grants' range", "host", h.config.Name, "ports", foreign.ports)
+	for _, port := range foreign.ports {
+		b.inventory.SetPortForeign(h.config.Name, port, time.Now().Add(avoidPort))
 	}
-	return worker.Ready{}, err
+	return true
 }
 
 // finishUndo returns the open attempt, or, if it has ended meanwhile, undoes it
@@ -344,10 +372,23 @@ func (h *host) workloadFailed(ctx context.Context, w workload, what string) erro
 		return err
 	}
 	// Most of what stops a container before its first word is in its image. The
-	// host is at fault where these say so; no image can make them.
+	// host is at fault where these say so, which are systemd's words about the
+	// programs that run before the container, and about missing ones: no image can
+	// make them.
 	reason := backenderr.WorkloadFailed
 	text := string(journal.Stdout)
-	for _, sign := range []string{"failed to setup loop device", "mkfs.ext4:", "truncate:", "Unable to locate executable"} {
+	if strings.Contains(text, addressInUse) {
+		foreign, err := h.foreignPorts(ctx, w)
+		if err != nil {
+			return err
+		}
+		if len(foreign) > 0 {
+			return backenderr.Wrap(backenderr.HostUnfit, &foreignPortsError{ports: foreign}, "%s on host %s", what, h.config.Name).WithConsole(text)
+		}
+		// It has gone since.
+		return backenderr.New(backenderr.ProviderUnavailable, "%s on host %s: a port was taken", what, h.config.Name).WithConsole(text)
+	}
+	for _, sign := range []string{"Control process exited", "start-pre operation timed out", "Unable to locate executable"} {
 		if strings.Contains(text, sign) {
 			reason = backenderr.HostUnfit
 		}

@@ -12,6 +12,7 @@ package inventory
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -73,6 +74,9 @@ type host struct {
 	held  map[backend.GrantID]Reservation
 	ports map[uint16]bool
 	slots map[int]bool
+	// foreign are ports that something else on the host has, until when that is
+	// believed.
+	foreign map[uint16]time.Time
 }
 
 // Inventory is safe for concurrent use.
@@ -91,6 +95,7 @@ func New(hosts []Host) *Inventory {
 		entry := &host{
 			Host: h, problem: "not connected yet",
 			held: map[backend.GrantID]Reservation{}, ports: map[uint16]bool{}, slots: map[int]bool{},
+			foreign: map[uint16]time.Time{},
 		}
 		inv.hosts = append(inv.hosts, entry)
 		inv.byName[h.Name] = entry
@@ -118,6 +123,16 @@ func (inv *Inventory) set(name, problem string, unfit, elsewhere bool) {
 	defer inv.mu.Unlock()
 	if h := inv.byName[name]; h != nil {
 		h.problem, h.unfit, h.elsewhere = problem, unfit, elsewhere
+	}
+}
+
+// SetPortForeign says that something else on a host has a port, so that no grant
+// gets it for a while.
+func (inv *Inventory) SetPortForeign(name string, port uint16, until time.Time) {
+	inv.mu.Lock()
+	defer inv.mu.Unlock()
+	if h := inv.byName[name]; h != nil {
+		h.foreign[port] = until
 	}
 }
 
@@ -300,12 +315,22 @@ func (inv *Inventory) release(id backend.GrantID) {
 // freePorts returns the n lowest free ports, fewer if there are not so many.
 func (h *host) freePorts(n int) []uint16 {
 	var free []uint16
+	h.forgetForeign(time.Now())
 	for p := int(h.FirstPort); p <= int(h.LastPort) && len(free) < n; p++ {
-		if !h.ports[uint16(p)] { //nolint:gosec // bounded by LastPort
-			free = append(free, uint16(p)) //nolint:gosec // bounded by LastPort
+		port := uint16(p) //nolint:gosec // bounded by LastPort
+		if _, foreign := h.foreign[port]; !foreign && !h.ports[port] {
+			free = append(free, port)
 		}
 	}
 	return free
+}
+
+func (h *host) forgetForeign(now time.Time) {
+	for port, until := range h.foreign {
+		if now.After(until) {
+			delete(h.foreign, port)
+		}
+	}
 }
 
 // freeSlot returns the lowest free slot, -1 if there is none.
@@ -360,6 +385,11 @@ func (inv *Inventory) Regions() (regions []Region, problems []string) {
 			continue
 		}
 		r.Reachable++
+		h.forgetForeign(time.Now())
+		if len(h.foreign) > 0 {
+			ports := slices.Sorted(maps.Keys(h.foreign))
+			problems = append(problems, fmt.Sprintf("host %s: something else has ports of the grants' range: %s", h.Name, strings.Trim(fmt.Sprint(ports), "[]")))
+		}
 		free := h.Capacity.Sub(h.used).Max(backend.Shape{})
 		if h.freeSlot() < 0 {
 			free = backend.Shape{}
