@@ -39,6 +39,9 @@ const (
 	ConfigFileName = "guest.json"
 	// SpoolFileName is the record that `guest spool` leaves, mode 0600, see [Spool].
 	SpoolFileName = "spool.json"
+	// ReserveFileName is a file of [MaxSpoolBytes] that `guest spool` removes before it writes the spool, so that there
+	// is room for it on a disk that has become full.
+	ReserveFileName = "spool.reserve"
 	// EndedFileName is the mark that `guest spool` sets before it writes the spool. The unit has it as a condition, so
 	// that an ended grant can't start again.
 	EndedFileName = "ended"

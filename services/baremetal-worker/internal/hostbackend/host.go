@@ -97,6 +97,7 @@ type facts struct {
 	guest      string // path of the guest binary
 	imageStore string // directory of the bridge's store of unpacked images
 	firewalld  bool
+	transient  bool // podman has transient stores
 }
 
 func newHost(ctx context.Context, b *Backend, c HostConfig) (*host, error) {
@@ -339,8 +340,16 @@ func (h *host) look(ctx context.Context) (*facts, error) {
 	if found.bootID, err = h.bootID(ctx); err != nil {
 		return nil, err
 	}
-	found.firewalld, err = firewall.NewFirewalld(h.bus).Active(ctx)
-	return found, err
+	if found.firewalld, err = firewall.NewFirewalld(h.bus).Active(ctx); err != nil {
+		return nil, err
+	}
+	// Where there is no podman, that is for check to say.
+	known, err := h.conn.Run(ctx, sshconn.Command{Args: []string{podman.DefaultBinary, podman.TransientOption, "--version"}})
+	if err != nil {
+		return nil, err
+	}
+	found.transient = known.ExitCode == 0
+	return found, nil
 }
 
 // check finds out whether the host has all that a new grant needs, and sets up

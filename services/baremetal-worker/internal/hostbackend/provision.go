@@ -331,6 +331,10 @@ func (h *host) writeFiles(ctx context.Context, found *facts, w workload, grant b
 	if err := h.fs.Chown(ctx, config, w.uidBase, w.uidBase); err != nil {
 		return err
 	}
+	// What ends the grant on a full disk makes room for the usage by this.
+	if err := h.fs.WriteFile(ctx, w.dir+"/"+guestapi.ReserveFileName, make([]byte, guestapi.MaxSpoolBytes), 0o600); err != nil {
+		return err
+	}
 	return h.fs.WriteFile(ctx, w.dir+"/"+attemptFile(w.names.attempt), nil, 0o600)
 }
 

@@ -44,8 +44,7 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 		return err
 	}
 	if r.complete() {
-		// On a full disk there can be no mark. The grant ends all the same; only
-		// how its workload ended may then look like its own doing.
+		// On a full disk there can be no mark. The grant ends all the same.
 		if err := h.markStopped(ctx, dir); err != nil {
 			h.log.WarnContext(ctx, "Marking a grant as stopped failed", "grant_id", id.String(), "error", err.Error())
 		}
@@ -54,7 +53,9 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 	if err != nil {
 		return err
 	}
+	stopped := false
 	for _, u := range units {
+		stopped = stopped || u.ActiveState == "active" || u.ActiveState == "activating"
 		if err := h.bus.Stop(ctx, u.Name); err != nil {
 			return err
 		}
@@ -64,7 +65,7 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 	}
 	if recorded {
 		if save && r.complete() {
-			if err := h.saveLog(ctx, r); err != nil {
+			if err := h.saveLog(ctx, r, stopped); err != nil {
 				return err
 			}
 		}
@@ -296,7 +297,7 @@ func (h *host) watchOnce(ctx context.Context, id backend.GrantID, usage func(bac
 			if status.Running() {
 				continue
 			}
-			log, err := h.logOf(ctx, r)
+			log, err := h.logOf(ctx, r, false)
 			if err != nil {
 				return backend.Exit{}, false, err
 			}
@@ -312,16 +313,18 @@ func (h *host) watchOnce(ctx context.Context, id backend.GrantID, usage func(bac
 }
 
 // saveLog reads what the instance used and how it ended into the journal.
-func (h *host) saveLog(ctx context.Context, r record) error {
-	log, err := h.logOf(ctx, r)
+func (h *host) saveLog(ctx context.Context, r record, stopped bool) error {
+	log, err := h.logOf(ctx, r, stopped)
 	if err != nil || log.StartedAt.IsZero() {
 		return err
 	}
 	return h.backend.env.Journal.SaveLog(ctx, log)
 }
 
-// logOf reads the end of a grant's instance from its directory.
-func (h *host) logOf(ctx context.Context, r record) (backend.ComputeLog, error) {
+// logOf reads the end of a grant's instance from its directory. stopped says
+// that it ran until the worker ended it just now, which the mark of an earlier
+// call may say, too.
+func (h *host) logOf(ctx context.Context, r record, stopped bool) (backend.ComputeLog, error) {
 	dir := h.backend.dirs.grant(r.GrantID)
 	log := backend.ComputeLog{
 		GrantID: r.GrantID, Backend: h.backend.env.Backend, InstanceID: backend.InstanceID(h.config.Name + "/" + h.names(r).unit()),
@@ -329,7 +332,7 @@ func (h *host) logOf(ctx context.Context, r record) (backend.ComputeLog, error) 
 	}
 	data, err := h.fs.ReadFile(ctx, dir+"/"+guestapi.SpoolFileName, maxRecordBytes)
 	if isMissing(err) {
-		return h.logWithoutSpool(ctx, r, log)
+		return h.logWithoutSpool(ctx, r, log, stopped)
 	}
 	if err != nil {
 		return backend.ComputeLog{}, err
@@ -337,19 +340,19 @@ func (h *host) logOf(ctx context.Context, r record) (backend.ComputeLog, error) 
 	spool, err := guestapi.DecodeSpool(bytes.NewReader(data))
 	if err != nil {
 		h.log.WarnContext(ctx, "Spool is damaged", "grant_id", r.GrantID.String(), "error", err.Error())
-		return h.logWithoutSpool(ctx, r, log)
+		return h.logWithoutSpool(ctx, r, log, stopped)
 	}
 	mark, err := h.fs.ReadFile(ctx, dir+"/"+guestapi.EndedFileName, maxRecordBytes)
 	if err != nil && !isMissing(err) {
 		return backend.ComputeLog{}, err
 	}
-	readSpool(&log, spool, string(mark) == stoppedMark)
+	readSpool(&log, spool, stopped || string(mark) == stoppedMark)
 	return log, nil
 }
 
 // logWithoutSpool is the log of an instance whose unit left no usage: the host
 // was rebooted under it, or the unit never got so far.
-func (h *host) logWithoutSpool(ctx context.Context, r record, log backend.ComputeLog) (backend.ComputeLog, error) {
+func (h *host) logWithoutSpool(ctx context.Context, r record, log backend.ComputeLog, stopped bool) (backend.ComputeLog, error) {
 	log.Partial = true
 	log.StartedAt = r.CreatedAt
 	// Not what the last probe found: this may be the first to see the new boot.
@@ -359,6 +362,10 @@ func (h *host) logWithoutSpool(ctx context.Context, r record, log backend.Comput
 	}
 	if r.complete() && bootID != r.BootID {
 		log.Exit = backend.Exit{Reason: backend.EndHostRebooted, Message: "host " + h.config.Name + " was rebooted"}
+		return log, nil
+	}
+	if stopped {
+		log.Exit = backend.Exit{Message: "the unit left no usage"}
 		return log, nil
 	}
 	log.Exit = backend.Exit{Reason: backend.EndVanished, Message: "the unit is gone and left no usage"}

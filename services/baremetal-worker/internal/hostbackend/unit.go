@@ -57,9 +57,11 @@ type workload struct {
 	// images is the store of the host's own podman.
 	images  string
 	imageID string
-	subnet  netip.Prefix
-	uidBase uint32
-	table   firewall.Table
+	// transient keeps podman's records of the container off the grant's disk.
+	transient bool
+	subnet    netip.Prefix
+	uidBase   uint32
+	table     firewall.Table
 	// firewallScript is a file on the host with the table's rules.
 	firewallScript string
 	// firewalld says that the ports must be opened there, too, in zone.
@@ -80,7 +82,7 @@ func (w workload) disk() string { return w.dir + "/" + diskDir }
 func (w workload) store() string { return w.disk() + "/store" }
 
 func (w workload) engine() podman.Engine {
-	return podman.Engine{Root: w.store(), RunRoot: w.runRoot, ImageStore: w.images}
+	return podman.Engine{Root: w.store(), RunRoot: w.runRoot, ImageStore: w.images, Transient: w.transient}
 }
 
 func (w workload) firewallGrant() (firewall.Grant, error) {

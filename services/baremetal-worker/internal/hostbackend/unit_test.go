@@ -37,7 +37,7 @@ func someWorkload(t *testing.T) workload {
 			SSHPort: 40000, Ports: []portParams{{40001, 8080, "tcp"}, {40002, 53, "udp"}}, Slot: 7,
 		},
 		dir: d.grant(id), runRoot: runDir + "/test/" + id.String(), guest: d.guest.String() + "/" + strings.Repeat("cd", 32),
-		images: "/var/lib/containers/storage", imageID: strings.Repeat("ef", 32),
+		images: "/var/lib/containers/storage", transient: true, imageID: strings.Repeat("ef", 32),
 		subnet: netip.MustParsePrefix("10.213.0.56/29"), uidBase: 1 << 20,
 		table:          firewall.Table{Bridge: "test", FirstPort: 40000, LastPort: 40999, InterfacePrefix: interfacePrefix},
 		firewallScript: d.base.String() + "/firewall.nft",
@@ -51,8 +51,9 @@ func someWorkload(t *testing.T) workload {
 func TestUnitIsRenderedAsEver(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(*workload){
-		"unit.json":           func(*workload) {},
-		"unit_firewalld.json": func(w *workload) { w.firewalld, w.zone = true, "public" },
+		"unit.json":            func(*workload) {},
+		"unit_old_podman.json": func(w *workload) { w.transient = false },
+		"unit_firewalld.json":  func(w *workload) { w.firewalld, w.zone = true, "public" },
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := someWorkload(t)

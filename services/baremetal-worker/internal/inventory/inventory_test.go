@@ -2,8 +2,11 @@ package inventory
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -250,4 +253,34 @@ func TestAHostOfAnotherReplicaCountsAndTakesNothingFromHere(t *testing.T) {
 	if r, err := inv.Reserve(id(3), need(3000)); err != nil || r.Host != "b" {
 		t.Errorf("%+v, %v; want the host that was taken over", r, err)
 	}
+}
+
+func TestForeignPortsAreLeftOutForAWhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		h := small("a")
+		h.LastPort = h.FirstPort + 2
+		inv := usable(h)
+		inv.SetPortForeign("a", 40000, time.Now().Add(time.Minute))
+		inv.SetPortForeign("a", 40002, time.Now().Add(2*time.Minute))
+		inv.SetPortForeign("nobody", 40001, time.Now().Add(time.Minute))
+		r, err := inv.Reserve(id(1), need(100))
+		if err != nil || r.Ports[0] != 40001 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		if _, err := inv.Reserve(id(2), need(100)); !backenderr.Is(err, backenderr.CapacityExhausted) {
+			t.Errorf("no port is left: %v", err)
+		}
+		_, problems := inv.Regions()
+		if want := []string{"host a: something else has ports of the grants' range: 40000 40002"}; !slices.Equal(problems, want) {
+			t.Errorf("problems %q, want %q", problems, want)
+		}
+		time.Sleep(time.Minute + time.Second)
+		if r, err = inv.Reserve(id(2), need(100)); err != nil || r.Ports[0] != 40000 {
+			t.Fatalf("a minute later: %+v, %v", r, err)
+		}
+		time.Sleep(time.Minute)
+		if _, problems = inv.Regions(); len(problems) > 0 {
+			t.Errorf("two minutes later: %q", problems)
+		}
+	})
 }

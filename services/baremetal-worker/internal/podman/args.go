@@ -26,7 +26,13 @@ type Engine struct {
 	Root, RunRoot string
 	// ImageStore is a store whose images can be used from Root, read-only.
 	ImageStore string
+	// Transient keeps podman's records of containers in RunRoot, not in Root
+	// (podman 4.4): they can be changed, and removed, when Root's disk is full.
+	Transient bool
 }
+
+// TransientOption is podman's own for it. One that doesn't know it fails.
+const TransientOption = "--transient-store"
 
 func (e Engine) args() ([]string, error) {
 	binary := e.Binary
@@ -44,6 +50,9 @@ func (e Engine) args() ([]string, error) {
 			return nil, err
 		}
 		args = append(args, o.option+o.dir)
+	}
+	if e.Transient {
+		args = append(args, TransientOption)
 	}
 	return args, checkPath(binary)
 }

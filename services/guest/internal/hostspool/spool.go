@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path"
@@ -119,6 +120,10 @@ func Record(ctx context.Context, host Host, req Request) error {
 	data, err := guestapi.EncodeSpool(collect(ctx, host, req))
 	if err != nil {
 		return err
+	}
+	// Late, so that nothing else takes the room meanwhile.
+	if err := os.Remove(filepath.Join(req.Dir, guestapi.ReserveFileName)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("make room for the spool: %w", err)
 	}
 	return writeFile(req.Dir, guestapi.SpoolFileName, data)
 }

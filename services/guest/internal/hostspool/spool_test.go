@@ -95,6 +95,10 @@ func TestRecordWritesAllThatIsKnown(t *testing.T) {
 	host, _, _ := fakeHost()
 	dir := t.TempDir()
 	req := Request{Dir: dir, Unit: unit, Interface: "cb0123456789", Table: "cb_lab"}
+	// The room that was kept for it is given up.
+	if err := os.WriteFile(filepath.Join(dir, guestapi.ReserveFileName), make([]byte, guestapi.MaxSpoolBytes), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for range 2 { // a second end overwrites the record
 		if err := Record(t.Context(), host, req); err != nil {
 			t.Fatal(err)
