@@ -71,10 +71,5 @@ func BenchmarkLedgerRead(b *testing.B) {
 
 func benched(b *testing.B) map[string]*ledger.Ledger {
 	b.Helper()
-	l, err := ledger.Open(context.Background(), ledger.Config{Path: b.TempDir() + "/ledger.db"})
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { _ = l.Close() })
-	return map[string]*ledger.Ledger{"sqlite": l}
+	return map[string]*ledger.Ledger{"sqlite": sqliteStore(b).open(b), "postgres": postgresStore(b).open(b)}
 }

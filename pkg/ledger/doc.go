@@ -36,7 +36,9 @@
 // every write is idempotent, so that the caller asks again. The SQLite file
 // may be used by many goroutines and by several processes of one machine, but
 // must be on a local file system, because the write-ahead log needs shared
-// memory between its users.
+// memory between its users. A PostgreSQL database may be used by processes of
+// any number of machines. Write transactions of one grant run one after the
+// other, over all processes; with SQLite, those of all grants do.
 //
 // # Errors
 //

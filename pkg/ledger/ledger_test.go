@@ -789,6 +789,7 @@ func TestLockedFileIsUnavailableAndRecovers(t *testing.T) {
 func TestContextEndsAWaitingWrite(t *testing.T) { both(t, testContextEndsAWaitingWrite) }
 
 func testContextEndsAWaitingWrite(t *testing.T, s store) {
+	s.config.BusyTimeout = time.Hour
 	l := s.open(t)
 	unlock := s.lock(t)
 

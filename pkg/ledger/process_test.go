@@ -32,6 +32,8 @@ func TestMain(m *testing.M) {
 		goleak.VerifyTestMain(m)
 	case "claim":
 		exitWith(claimAll(config, os.Getenv(childName)))
+	case "full":
+		exitWith(fillUp(config))
 	case "churn":
 		exitWith(churn(config, os.Getenv(childName)))
 	}

@@ -1,6 +1,7 @@
 package ledger_test
 
 import (
+	"context"
 	"database/sql"
 	"fmt"
 	"path/filepath"
@@ -45,7 +46,7 @@ func (s store) postgres() bool { return s.config.Driver == ledger.DriverPostgres
 // open returns another handle, until the end of the test.
 func (s store) open(t testing.TB) *ledger.Ledger {
 	t.Helper()
-	l, err := ledger.Open(t.Context(), s.config)
+	l, err := ledger.Open(context.WithoutCancel(t.Context()), s.config)
 	if err != nil {
 		t.Fatalf("Open: %v", err)
 	}
