@@ -2,6 +2,7 @@ package grpcx
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
 	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
@@ -25,7 +26,8 @@ func Dial(c ClientConfig, t TLSConfig, options ...grpc.DialOption) (*grpc.Client
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", c.Target, err)
 	}
-	conn, err := grpc.NewClient(c.Target, append([]grpc.DialOption{
+	target, resolvers := listed(c.Target)
+	conn, err := grpc.NewClient(target, slices.Concat([]grpc.DialOption{
 		grpc.WithTransportCredentials(creds),
 		grpc.WithStatsHandler(otelgrpc.NewClientHandler()),
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: keepaliveTime, Timeout: keepaliveTimeout, PermitWithoutStream: true}),
@@ -37,7 +39,7 @@ func Dial(c ClientConfig, t TLSConfig, options ...grpc.DialOption) (*grpc.Client
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxResponseBytes)),
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
-	}, options...)...)
+	}, resolvers, options)...)
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", c.Target, err)
 	}

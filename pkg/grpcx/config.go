@@ -63,7 +63,8 @@ type ServerConfig struct {
 
 // ClientConfig is how to reach a server.
 type ClientConfig struct {
-	// Target as gRPC resolves it: "dns:///name:port", "unix:/path", "host:port".
+	// Target as gRPC resolves it: "dns:///name:port", "unix:/path", "host:port";
+	// or several of the last kind, "a:7443,b:7443", for replicas.
 	Target string `toml:"target"`
 	// ServerName that the server's certificate must have; empty: the target's
 	// host.
@@ -160,6 +161,20 @@ func (c ServerConfig) Validate() error {
 func (c ClientConfig) Validate(key string) error {
 	if c.Target == "" {
 		return fmt.Errorf("%s.target: missing", key)
+	}
+	if all := endpoints(c.Target); len(all) > 0 {
+		for _, endpoint := range all {
+			host, port, err := net.SplitHostPort(endpoint)
+			switch {
+			case err != nil:
+				return fmt.Errorf("%s.target: %w", key, err)
+			case host == "" || port == "":
+				return fmt.Errorf("%s.target: %q: want host:port", key, endpoint)
+			case c.Insecure && !isLoopback(host):
+				return fmt.Errorf("%s.insecure: plaintext is for loopback addresses only, not %q", key, host)
+			}
+		}
+		return nil
 	}
 	if c.Insecure && UnixPath(c.Target) == "" {
 		_, endpoint, found := strings.Cut(c.Target, ":///")

@@ -1,5 +1,5 @@
-// Package workers keeps the connections to the router's backends: one to each,
-// with a watch over it that knows what the backend last declared, when it last
+// Package workers keeps the connections to the router's backends: one channel to
+// each, over as many connections as it has replicas, with a watch over it that knows what the backend last declared, when it last
 // answered and why it doesn't answer now.
 //
 // Each backend is watched by itself, so that one that hangs delays no other,
@@ -69,12 +69,13 @@ func Dial(c Config, tls grpcx.TLSConfig, log *slog.Logger, options ...grpc.DialO
 	w := &Worker{config: c, log: log.With("backend", c.Name), changed: make(chan struct{}, 1)}
 	conn, err := grpcx.Dial(c.Client, tls, append([]grpc.DialOption{
 		grpc.WithChainUnaryInterceptor(w.unary), grpc.WithChainStreamInterceptor(w.stream),
+		grpcx.Replicas(bridgev1.BackendService_ServiceDesc.ServiceName),
 	}, options...)...)
 	if err != nil {
 		return nil, fmt.Errorf("backend %s: %w", c.Name, err)
 	}
 	w.conn = conn
-	w.backend = backendgrpc.NewClient(conn)
+	w.backend = &replicated{Backend: backendgrpc.NewClient(conn), log: w.log}
 	w.inventory = bridgev1.NewInventoryServiceClient(conn)
 	w.operator = bridgev1.NewOperatorServiceClient(conn)
 	w.fleet = bridgev1.NewFleetServiceClient(conn)
@@ -197,17 +198,35 @@ func (w *Worker) watchHealth(ctx context.Context) {
 	}
 }
 
+// followHealth follows the health of one replica that serves. When it stops
+// doing so, another one is asked, and if there is none, the backend refuses until
+// there is.
 func (w *Worker) followHealth(ctx context.Context) error {
-	stream, err := w.health.Watch(ctx, &healthv1.HealthCheckRequest{}, grpc.WaitForReady(true))
+	for {
+		refused, err := w.followOne(ctx)
+		if !refused {
+			return err
+		}
+		w.setRefusing(true)
+	}
+}
+
+func (w *Worker) followOne(ctx context.Context) (refused bool, err error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := w.health.Watch(ctx, &healthv1.HealthCheckRequest{Service: bridgev1.BackendService_ServiceDesc.ServiceName}, grpc.WaitForReady(true))
 	if err != nil {
-		return err
+		return false, err
 	}
 	for {
 		res, err := stream.Recv()
 		if err != nil {
-			return err
+			return false, err
 		}
-		w.setRefusing(res.GetStatus() == healthv1.HealthCheckResponse_NOT_SERVING)
+		if res.GetStatus() == healthv1.HealthCheckResponse_NOT_SERVING {
+			return true, nil
+		}
+		w.setRefusing(false)
 	}
 }
 
