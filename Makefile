@@ -25,8 +25,12 @@ MODULES = $(or $(shell go list -m -f '{{.Dir}}'),$(error no module found: is go 
 # Packages compiled or tested at once. Each one may start hosts, and the race
 # detector multiplies memory: more than two gains nothing on a small machine.
 P ?= 2
-# A run that hangs should say where, long before CI gives up on it.
-TEST_TIMEOUT ?= 40m
+# A run that hangs should say where, long before CI gives up on it. This is for
+# one package; LONG_TIMEOUT is that of `make test-long`.
+TEST_TIMEOUT ?= 18m
+LONG_TIMEOUT ?= 38m
+# What is tested; `make test PACKAGES=./test/...` for the end-to-end tests only.
+PACKAGES ?= $(ALL_PACKAGES)
 # Further arguments of go test, for example TESTFLAGS='-run TestTerminate -v'.
 TESTFLAGS ?=
 # How long each fuzz test runs in `make fuzz`.
@@ -144,28 +148,24 @@ build: ## Build the static binaries into bin
 
 # --- Test -------------------------------------------------------------------
 
-# A test that skips itself counts as a failure: what is lacking gets installed.
-GO_TEST = $(GOTESTSUM) --format pkgname --jsonfile $(TOOLS)/$(1).json -- \
-	-race -shuffle=on -timeout $(TEST_TIMEOUT) -p $(P) $(TESTFLAGS)
-NO_SKIPS = if grep -E '"Action":"skip".*"Test":' $(TOOLS)/$(1).json; then echo 'tests were skipped' >&2; exit 1; fi
+# Those with hosts take longest and mostly wait: they begin first, so that what is
+# quick fills the gaps, and the end isn't one of them alone.
+ALL_PACKAGES = $$(go list work | awk '/\/compute-bridge\/test(\/|$$)|conformance|hostbackend/ {print; next} {rest = rest $$0 "\n"} END {printf "%s", rest}')
+
+# Tests whose names begin with TestLong take minutes each. They are run by
+# `make test-long`, all others by `make test`; nothing is skipped by either.
+LONG_PACKAGES = $$(grep -rl --include='*_test.go' '^func TestLong' . | xargs -r dirname | sort -u)
+
+GO_TEST = GOTESTSUM=$(GOTESTSUM) RESULTS=$(TOOLS)/results scripts/test $(1) -race -shuffle=on -p $(P)
 
 .PHONY: test
-test: prerequisites build ## Install what is lacking, build, and run every test of every module
-	@failed=0; \
-	$(MAKE) --no-print-directory test-modules || failed=1; \
-	$(MAKE) --no-print-directory test-e2e || failed=1; \
-	exit $$failed
+test: prerequisites build $(GOTESTSUM) ## Install what is lacking, build, and run the tests of every module: below 20 min on 2 cores
+	@$(call GO_TEST,test) -skip '^TestLong' -timeout $(TEST_TIMEOUT) $(TESTFLAGS) $(PACKAGES)
 
-.PHONY: test-modules
-test-modules: $(GOTESTSUM) ## Run the tests of all modules but the end-to-end ones
-	@packages=$$(go list work | grep -v '^github.com/compute-bridge/compute-bridge/test\(/\|$$\)'); \
-	$(call GO_TEST,test-modules) $$packages
-	@$(call NO_SKIPS,test-modules)
-
-.PHONY: test-e2e
-test-e2e: prerequisites build $(GOTESTSUM) ## Run the end-to-end tests and those of the lab (module test)
-	@$(call GO_TEST,test-e2e) ./test/...
-	@$(call NO_SKIPS,test-e2e)
+.PHONY: test-long
+test-long: prerequisites build $(GOTESTSUM) ## The same for the long ones: every crash point and fault, on real hosts, with the built binaries
+	@packages="$(LONG_PACKAGES)"; [[ -n $$packages ]] || { echo 'no long tests found' >&2; exit 1; }; \
+	$(call GO_TEST,test-long) -run '^TestLong' -timeout $(LONG_TIMEOUT) $(TESTFLAGS) $$packages
 
 .PHONY: bench
 bench: ## Run the benchmarks, six times each, for benchstat
@@ -178,7 +178,7 @@ fuzz: ## Run every fuzz test for FUZZTIME (10s)
 # --- Check ------------------------------------------------------------------
 
 .PHONY: check
-check: check-generated check-tidy check-modules lint test ## All that CI runs
+check: check-generated check-tidy check-modules lint test test-long ## All that CI runs
 
 .PHONY: check-generated
 check-generated: generated ## Compare the generated code with the contract, and the contract with its lock
@@ -236,7 +236,7 @@ compose-down: ## Stop the containers of compose-up
 
 .PHONY: clean
 clean: ## Remove built binaries and test results; keep the tools
-	rm -rf bin $(TOOLS)/generated $(TOOLS)/*.json
+	rm -rf bin $(TOOLS)/generated $(TOOLS)/results
 
 .PHONY: distclean
 distclean: clean ## Remove the tools too

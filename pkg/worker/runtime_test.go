@@ -688,7 +688,8 @@ func TestDeadlineThatPassedWhileNoProcessRan(t *testing.T) {
 func TestTeardownNeverGivesUp(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		s := running(t, nil)
+		// Nothing else is to happen in three hours.
+		s := running(t, func(c *RuntimeConfig) { c.SweepInterval, c.OrphanAge = 24*time.Hour, 24*time.Hour })
 		var down atomic.Bool
 		down.Store(true)
 		script(s.driver, &s.driver.terminate, func(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error) {

@@ -34,7 +34,7 @@ func (b *bridge) grpcurlWith(args ...string) *exec.Cmd {
 		b.t.Fatal(err)
 	}
 	if _, err := os.Stat(program); err != nil {
-		b.t.Fatalf("run make test-e2e, or make tools: %v", err)
+		b.t.Fatalf("run make test, or make tools: %v", err)
 	}
 	return b.cmd(market, program, args...)
 }

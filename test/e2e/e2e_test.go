@@ -1,6 +1,6 @@
 // Package e2e holds the end-to-end tests: the built programs as processes with
 // mutual TLS on real lab hosts, used with bridgectl, grpcurl and OpenSSH's own
-// clients. `make test-e2e` builds what they use.
+// clients. `make test` builds what they use.
 package e2e
 
 import (
