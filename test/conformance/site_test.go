@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"cmp"
 	"context"
 	"crypto/ed25519"
 	"crypto/rand"
@@ -43,9 +44,6 @@ const (
 	patience = 60 * time.Second
 	// usageInterval is how often the suite's watches report usage.
 	usageInterval = 200 * time.Millisecond
-	// orphanAge is how long after its beginning the worker by itself undoes what
-	// was cut off.
-	orphanAge = 3 * time.Second
 )
 
 // suiteShape is what a grant of the suite takes, suiteRoom how many of them fit
@@ -71,6 +69,10 @@ type ground struct {
 	image backend.Image
 	// postgres has the ledgers; if it is nil, they are files.
 	postgres *pgtest.Server
+	// orphanAge is how long after its beginning the worker by itself undoes what
+	// was cut off; 0 means so late that no case sees it, so that it can't hide
+	// what a retry should have done.
+	orphanAge time.Duration
 }
 
 // grounds counts them, for addresses of their own.
@@ -190,10 +192,9 @@ func newBridge(t testing.TB, g *ground) *bridge {
 		b.worker.Hosts = append(b.worker.Hosts, site.Host{Host: g.hosts[i], Tap: tap, Ports: hostfixture.Ports, CPUMillicores: suiteRoom[i] * int(suiteShape.CPU)})
 	}
 	b.worker.Settings = fmt.Sprintf("usage_interval = %q\n", usageInterval)
-	// What was cut off is undone soon if nobody asks for it.
-	quick := strings.NewReplacer(`interval = "2s"`, `interval = "500ms"`, `orphan_age = "10s"`, fmt.Sprintf("orphan_age = %q", orphanAge))
+	sweep := strings.NewReplacer(`interval = "2s"`, `interval = "500ms"`, `orphan_age = "10s"`, fmt.Sprintf("orphan_age = %q", cmp.Or(g.orphanAge, time.Hour)))
 	router := site.Client{Identity: site.Identity("router"), Role: "reader", Router: true}
-	if err := b.worker.WriteConfig(quick.Replace(b.worker.Config(bridgeID, append(clients(), router)...))); err != nil {
+	if err := b.worker.WriteConfig(sweep.Replace(b.worker.Config(bridgeID, append(clients(), router)...))); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { b.end(t) })
@@ -432,7 +433,7 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 			_, _ = rand.Read(g.ID[:]) // Never fails.
 			return g, backend.Envelope{PostHash: g.PostHash, SSHPublicKey: b.login}
 		},
-		OrphanAge: orphanAge,
+		OrphanAge: b.ground.orphanAge,
 	}
 	b.dies(f, t)
 	b.hosts.Fill(t, f)
