@@ -173,7 +173,7 @@ func terminateCases() []testCase {
 			e.want(err, "a second grant in the place of one", backenderr.CapacityExhausted, backenderr.WorkerFull)
 		}},
 		{name: "terminate/goes on until it is done, whatever fails", needs: []need{needInject}, run: func(e *env) {
-			for _, point := range e.endPoints() {
+			for _, point := range sample(e.endPoints(), e.h.Sweep, e.random()) {
 				for _, kind := range []FaultKind{FaultUnavailable, FaultThrottled, FaultLostAnswer} {
 					_, _, p := e.ready()
 					fault := e.f.Inject(Fault{Point: point, Kind: kind, GrantID: p.Instance.GrantID})

@@ -5,6 +5,7 @@ import (
 	"crypto/ecdh"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -275,7 +276,11 @@ func (e *env) begun(s script) *run {
 	e.Helper()
 	r := &run{env: e, within: e.patience}
 	r.g, r.envelope = e.grant()
-	r.g.Environment = map[string]string{"TOKEN": canary}
+	r.g.Environment = maps.Clone(r.g.Environment)
+	if r.g.Environment == nil {
+		r.g.Environment = map[string]string{}
+	}
+	r.g.Environment["TOKEN"] = canary
 	e.secret(canary)
 	if s.prepare != nil {
 		s.prepare(r)
