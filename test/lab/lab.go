@@ -522,6 +522,9 @@ func (l *Lab) Hosts() ([]*Host, error) {
 	var hosts []*Host
 	for _, entry := range entries {
 		host, err := l.Host(entry.Name())
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it is being destroyed
+		}
 		if err != nil {
 			return nil, err
 		}

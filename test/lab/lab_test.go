@@ -463,7 +463,9 @@ func TestLeftoversSeeEverythingThatAGrantMakes(t *testing.T) {
 			t.Errorf("not seen: %s", want)
 		}
 	}
-	ofUser := func(line string) bool { return strings.HasPrefix(line, "process ") && strings.HasSuffix(line, ": sleep 600") }
+	ofUser := func(line string) bool {
+		return strings.HasPrefix(line, "process ") && strings.HasSuffix(line, ": sleep 600")
+	}
 	if !slices.ContainsFunc(left, ofUser) {
 		t.Error("not seen: a process of a grant's user")
 	}

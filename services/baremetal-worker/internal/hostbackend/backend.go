@@ -19,6 +19,7 @@ package hostbackend
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -43,6 +44,7 @@ const commandTimeout = 30 * time.Second
 type Backend struct {
 	config    Config
 	env       worker.Env
+	holder    string // of leases: this process and no other
 	log       *slog.Logger
 	dirs      dirs
 	denied    []netip.Prefix
@@ -89,6 +91,9 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 		config: c, env: env, log: env.Log, dirs: d, denied: denied, store: store, guest: guest, guestSum: sum,
 		byName: map[string]*host{}, working: map[backend.GrantID]bool{},
 	}
+	// A process that was started anew under the same name is another one: what
+	// the one before had is not its own.
+	b.holder = strings.TrimSpace(c.Replica + " " + rand.Text()[:8])
 	var declared []inventory.Host
 	for _, h := range c.Hosts {
 		declared = append(declared, h.inventory())

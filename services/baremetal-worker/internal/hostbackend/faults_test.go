@@ -52,7 +52,7 @@ var connectionFaults = []fault{
 		return err
 	}, nil},
 	{"sshd and its sessions killed", func(ctx context.Context, h *lab.Host) error {
-		_, err := h.Exec(ctx, "sh", "-c", "systemctl restart ssh.service; pkill -9 -f '^sshd-session'")
+		_, err := h.Exec(ctx, "sh", "-c", "systemctl restart ssh.service; pkill -9 -f '^sshd-session'; true")
 		return err
 	}, nil},
 	{"rebooted", func(ctx context.Context, h *lab.Host) error { return h.Reboot(ctx) }, nil},

@@ -87,6 +87,7 @@ func TestUnreachableHostAtBoot(t *testing.T) {
 	}
 	s.config.LenientBoot = true
 	s.start()
+	soon(t, func() error { _, err := s.driver.byName[good.Name].usable(); return err })
 	c, err := s.runtime.Capabilities(t.Context())
 	if err != nil {
 		t.Fatal(err)

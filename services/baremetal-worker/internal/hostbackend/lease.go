@@ -66,7 +66,7 @@ func (h *host) leaseConfig() (hostlease.Config, error) {
 	if err != nil {
 		return hostlease.Config{}, err
 	}
-	c := hostlease.Config{Guest: guest, File: runDir + "/" + h.backend.env.BridgeID + "/lease", Name: h.backend.config.Replica}
+	c := hostlease.Config{Guest: guest, File: runDir + "/" + h.backend.env.BridgeID + "/lease", Name: h.backend.holder}
 	if h.config.Standby {
 		c.After = standbyDelay
 	}
@@ -178,6 +178,12 @@ func (h *host) turn(ctx context.Context, generation uint64) (<-chan struct{}, er
 		}
 		return changed, nil
 	case hostlease.Waiting:
+		if status.Holder.Name == guestapi.LeaseHolderName(h.backend.holder) {
+			// Nobody else has the host: our own lost connection still has it, for
+			// as long as the host waits for signs of life.
+			h.setUnseen(errors.New("waiting for the lease of the connection before to run out"))
+			return changed, nil
+		}
 		h.standAside(ctx, status.Holder)
 		return changed, nil
 	case hostlease.Lost:

@@ -120,7 +120,7 @@ func checkUsage(t *testing.T, log backend.ComputeLog) {
 	u := log.Usage
 	if log.Partial || u.CPU == nil || u.CPU.Value <= 0 || u.CPU.Source != backend.UsageHostMeasured || u.NetworkReceived == nil || u.NetworkReceived.Value <= 0 ||
 		u.NetworkSent == nil || u.CPUAllocated == nil || u.CPUAllocated.Value <= 0 {
-		t.Errorf("usage of %+v is not complete", log)
+		t.Errorf("usage of %+v is not complete: CPU %+v, received %+v, sent %+v, allocated %+v", log, u.CPU, u.NetworkReceived, u.NetworkSent, u.CPUAllocated)
 	}
 }
 
