@@ -1,0 +1,229 @@
+package worker
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+)
+
+// place is a host that two replicas share.
+type place struct {
+	mu      sync.Mutex
+	owner   *replica
+	changed chan struct{}
+}
+
+// replica is a scripted driver that may act only while it has the place.
+type replica struct {
+	*scripted
+
+	place *place
+}
+
+var _ Divided = (*replica)(nil)
+
+// give gives the place to a replica, whose runtime hears of it.
+func (p *place) give(to *replica) {
+	p.mu.Lock()
+	p.owner = to
+	close(p.changed)
+	p.changed = make(chan struct{})
+	p.mu.Unlock()
+	to.env.TookOver()
+}
+
+func (r *replica) mine() (error, <-chan struct{}) {
+	r.place.mu.Lock()
+	defer r.place.mu.Unlock()
+	if r.place.owner == r {
+		return nil, r.place.changed
+	}
+	return backenderr.New(backenderr.OtherReplica, "elsewhere").WithRetryAfter(time.Second), r.place.changed
+}
+
+func (r *replica) Elsewhere(ctx context.Context, id backend.GrantID) error {
+	attempts, err := r.env.Journal.Attempts(ctx, id)
+	if err != nil || len(attempts) == 0 || attempts[len(attempts)-1].Gone {
+		return err
+	}
+	err, _ = r.mine()
+	return err
+}
+
+func (r *replica) Serving() error {
+	err, _ := r.mine()
+	return err
+}
+
+func (r *replica) Provision(ctx context.Context, o Order) (Ready, error) {
+	if err, _ := r.mine(); err != nil {
+		return Ready{}, err
+	}
+	return r.scripted.Provision(ctx, o)
+}
+
+func (r *replica) Watch(ctx context.Context, _ backend.GrantID, _ func(backend.Usage)) (backend.Exit, error) {
+	r.called("watch")
+	for {
+		err, changed := r.mine()
+		if err != nil {
+			return backend.Exit{}, err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return backend.Exit{}, ctx.Err()
+		}
+	}
+}
+
+func (r *replica) Terminate(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error) {
+	if err, _ := r.mine(); err != nil {
+		return nil, err
+	}
+	return r.scripted.Terminate(ctx, id)
+}
+
+// pair is two replicas on one ledger, the first of which has the place.
+func pair(t *testing.T) (*site, *replica, *site, *replica) {
+	t.Helper()
+	a := newSite(t, nil)
+	b := &site{t: t, path: a.path, config: a.config}
+	b.config.Metrics = prometheus.NewRegistry()
+	b.start()
+	p := &place{changed: make(chan struct{})}
+	ra, rb := &replica{a.driver, p}, &replica{b.driver, p}
+	p.owner = ra
+	for s, d := range map[*site]*replica{a: ra, b: rb} {
+		if err := s.Start(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(b.stop)
+	return a, ra, b, rb
+}
+
+func TestAReplicaLeavesToTheOtherWhatItHas(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ra, b, rb := pair(t)
+		defer a.stop()
+		defer b.stop()
+		g, e, p := a.ready()
+		// The answer is in the ledger; nothing else can be done from here.
+		again, err := b.Provision(as(t, alice), g, e)
+		if err != nil || again.Receipt.HostKey != p.Receipt.HostKey {
+			t.Errorf("%+v, %v", again.Receipt, err)
+		}
+		synctest.Wait()
+		if err := b.WatchUntilExit(as(t, alice), p.Instance.Handle, func(backend.Event) error { return nil }); !backenderr.Is(err, backenderr.OtherReplica) {
+			t.Errorf("Watch: %v", err)
+		}
+		other, envelope := grantFor(t, 2)
+		if _, err := b.Provision(as(t, alice), other, envelope); !backenderr.Is(err, backenderr.OtherReplica) {
+			t.Errorf("Provision: %v", err)
+		}
+		time.Sleep(time.Hour / 2) // sweeps, settles
+		if n := rb.count("terminate"); n != 0 {
+			t.Errorf("%d calls of Terminate", n)
+		}
+		if ra.count("terminate") != 0 || b.keeper(g.ID) != nil || a.keeper(g.ID) == nil {
+			t.Error("the grant isn't kept by the one that has it, and by nobody else")
+		}
+		if b.Serving() == nil || a.Serving() != nil {
+			t.Error("the wrong one serves")
+		}
+	})
+}
+
+func TestATakeoverIsImmediate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ra, b, rb := pair(t)
+		defer a.stop()
+		defer b.stop()
+		g, _, p := a.ready()
+		done := make(chan error, 1)
+		go func() {
+			done <- a.WatchUntilExit(as(t, alice), p.Instance.Handle, func(backend.Event) error { return nil })
+		}()
+		synctest.Wait()
+		began := time.Now()
+		ra.place.give(rb)
+		synctest.Wait()
+		if b.keeper(g.ID) == nil || a.keeper(g.ID) != nil {
+			t.Error("the grant isn't kept by the one that has it now, and by nobody else")
+		}
+		if took := time.Since(began); took > 0 {
+			t.Errorf("it took %s", took)
+		}
+		if err := <-done; !backenderr.Is(err, backenderr.OtherReplica) {
+			t.Errorf("the watch at the old one: %v", err)
+		}
+		end, err := b.Terminate(as(t, alice), p.Instance.Handle)
+		if err != nil || end.State != backend.StateTerminated {
+			t.Errorf("%+v, %v", end, err)
+		}
+		if ra.count("terminate") != 0 {
+			t.Error("the old one has torn down")
+		}
+	})
+}
+
+func TestAnEndThatTheOtherReplicaWasAskedForComes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, _, b, rb := pair(t)
+		defer a.stop()
+		defer b.stop()
+		g, _, p := a.ready()
+		if _, err := b.Terminate(as(t, alice), p.Instance.Handle); !backenderr.Is(err, backenderr.OtherReplica) ||
+			backenderr.CreatedOf(err) != backenderr.CreatedUnknown {
+			t.Fatalf("Terminate: %v", err)
+		}
+		time.Sleep(followInterval + time.Second)
+		log, err := a.config.Ledger.Log(t.Context(), ledger.RequestID(g.ID))
+		if err != nil || rb.count("terminate") != 0 {
+			t.Errorf("%+v, %v", log, err)
+		}
+	})
+}
+
+// A replica that can't see the host any more, and doesn't know that another one
+// has it, has the last word from the ledger.
+func TestAFinalLogOfTheOtherReplicaEndsAWatch(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ra, b, rb := pair(t)
+		defer a.stop()
+		defer b.stop()
+		_, _, p := a.ready()
+		var final *backend.SignedLog
+		done := make(chan error, 1)
+		go func() {
+			done <- a.WatchUntilExit(as(t, alice), p.Instance.Handle, func(e backend.Event) error {
+				if e.Log != nil {
+					final = e.Log
+				}
+				return nil
+			})
+		}()
+		synctest.Wait()
+		ra.place.mu.Lock()
+		ra.place.owner = rb // and a isn't told
+		ra.place.mu.Unlock()
+		if end, err := b.Terminate(as(t, alice), p.Instance.Handle); err != nil || end.State != backend.StateTerminated {
+			t.Fatalf("%+v, %v", end, err)
+		}
+		if err := <-done; err != nil || final == nil || final.Log.Exit.Reason != backend.EndTerminated {
+			t.Errorf("%+v, %v", final, err)
+		}
+		if ra.count("terminate") != 0 {
+			t.Error("it has torn down what isn't its own")
+		}
+	})
+}
