@@ -26,4 +26,14 @@ const (
 	BugBlind Bug = "blind"
 	// BugLosesUsage: what was used is deleted unread.
 	BugLosesUsage Bug = "loses usage"
+	// BugCreateFirst: an attempt is sent before it is on record.
+	BugCreateFirst Bug = "create first"
+	// BugGoneFirst: an attempt is on record as gone before it is deleted.
+	BugGoneFirst Bug = "gone first"
+	// BugNewToken: each try of a create has another name and token.
+	BugNewToken Bug = "new token"
+	// BugEveryBridge: what other bridges have counts as the bridge's own.
+	BugEveryBridge Bug = "every bridge"
+	// BugResumes: an attempt whose undoing was cut off is taken up again.
+	BugResumes Bug = "resumes"
 )

@@ -3,6 +3,7 @@ package backendfake
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -99,6 +100,14 @@ func Open(provider *Provider, env worker.Env, options DriverOptions) *Driver {
 	d.loaded <- false
 	d.journal = mortalJournal{env.Journal, d.process}
 	return d
+}
+
+// bridge is whose resources the driver takes for its own.
+func (d *Driver) bridge() string {
+	if d.has(BugEveryBridge) {
+		return everyBridge
+	}
+	return d.env.BridgeID
 }
 
 func (d *Driver) has(b Bug) bool { return slices.Contains(d.options.Bugs, b) }
@@ -236,7 +245,7 @@ func (d *Driver) load(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	views, err := d.provider.list(ctx, d.process, backend.GrantID{}, d.env.BridgeID)
+	views, err := d.provider.list(ctx, d.process, backend.GrantID{}, d.bridge())
 	if err != nil && !d.has(BugBlind) {
 		return classify(err, "list instances")
 	}
@@ -350,6 +359,11 @@ func (d *Driver) begin(ctx context.Context, order worker.Order) (begun, error) {
 	if err != nil {
 		return begun{}, err
 	}
+	if d.has(BugCreateFirst) {
+		if err := d.createFirst(ctx, key, host, string(rendered), p); err != nil {
+			return begun{}, err
+		}
+	}
 	attempt, err := d.journal.Begin(ctx, order.Grant.ID, host, rendered)
 	if err != nil {
 		// Whatever the journal holds now, nothing was sent.
@@ -357,6 +371,19 @@ func (d *Driver) begin(ctx context.Context, order worker.Order) (begun, error) {
 		return begun{}, none(err)
 	}
 	return begun{Attempt: attempt, params: p, fresh: true}, nil
+}
+
+// createFirst is [BugCreateFirst].
+func (d *Driver) createFirst(ctx context.Context, key attemptKey, host, rendered string, p params) error {
+	private, _, err := d.env.HostKey(key.id, key.attempt)
+	if err != nil {
+		return err
+	}
+	_, err = d.provider.create(ctx, d.process, request{
+		bridge: d.env.BridgeID, id: key.id, attempt: key.attempt, name: d.name(key.id, key.attempt), token: d.token(key.id, key.attempt),
+		host: host, params: rendered, shape: p.Shape, validTo: p.ValidTo, hostKey: private, loginKey: p.LoginKey,
+	})
+	return err
 }
 
 func paramsOf(order worker.Order) (params, error) {
@@ -478,7 +505,7 @@ func (d *Driver) makeReady(ctx context.Context, order worker.Order, attempt *beg
 func (d *Driver) create(ctx context.Context, attempt *begun, r request) (view, error) {
 	v, err := d.describe(ctx, r.id, r.name)
 	if err == nil {
-		return adopt(v, r)
+		return d.adopt(v, r)
 	}
 	if codeOf(err) != CodeNotFound {
 		return view{}, err
@@ -488,6 +515,10 @@ func (d *Driver) create(ctx context.Context, attempt *begun, r request) (view, e
 	}
 	attempt.fresh = false
 	err = d.retry(ctx, func() (err error) {
+		if d.has(BugNewToken) {
+			r.name = fmt.Sprintf("cb-%s-%s-%s-%d", r.bridge, rand.Text(), r.id, r.attempt)
+			r.token = r.name
+		}
 		v, err = d.provider.create(ctx, d.process, r)
 		return err
 	})
@@ -496,7 +527,7 @@ func (d *Driver) create(ctx context.Context, attempt *begun, r request) (view, e
 		if v, err = d.describe(ctx, r.id, r.name); err != nil {
 			return view{}, err
 		}
-		return adopt(v, r)
+		return d.adopt(v, r)
 	case CodeTokenSpent:
 		return view{}, errOver
 	}
@@ -506,8 +537,8 @@ func (d *Driver) create(ctx context.Context, attempt *begun, r request) (view, e
 // adopt takes over an instance that an earlier call made for the same attempt.
 // One that the driver itself has begun to undo, and then died, isn't taken up
 // again: two instances would have one attempt.
-func adopt(v view, r request) (view, error) {
-	if v.deleting || v.exit.Reason == backend.EndTerminated {
+func (d *Driver) adopt(v view, r request) (view, error) {
+	if (v.deleting || v.exit.Reason == backend.EndTerminated) && !d.has(BugResumes) {
 		return view{}, errOver
 	}
 	if !v.same(r) {
@@ -555,6 +586,7 @@ func (d *Driver) awaitReady(ctx context.Context, r request, hostKey string) (vie
 	defer cancel()
 	visible := time.Now().Add(d.provider.options.VisibleAfter)
 	for {
+		asked := time.Now() // What counts is what could be seen then.
 		v, err := d.provider.until(waiting, d.process, OpReady, r.id, r.name, func(v view) bool {
 			return v.running() || !v.endedAt.IsZero()
 		})
@@ -568,7 +600,7 @@ func (d *Driver) awaitReady(ctx context.Context, r request, hostKey string) (vie
 				}
 			}
 			return v, nil
-		case code == CodeNotFound && !time.Now().Before(visible):
+		case code == CodeNotFound && !asked.Before(visible):
 			return view{}, backenderr.New(backenderr.ProviderUnavailable, "the instance vanished while it was made").WithRetryAfter(time.Second)
 		case code == CodeNotFound, code == CodeUnavailable, code == CodeThrottled:
 			err = d.pause(waiting, 1)
@@ -584,6 +616,11 @@ func (d *Driver) awaitReady(ctx context.Context, r request, hostKey string) (vie
 
 // undo removes everything of an attempt and then gives back its room.
 func (d *Driver) undo(ctx context.Context, id backend.GrantID, attempt uint32) error {
+	if d.has(BugGoneFirst) {
+		if err := d.journal.Gone(ctx, id, attempt); err != nil {
+			return err
+		}
+	}
 	if err := d.erase(ctx, id, attempt); err != nil {
 		return err
 	}
@@ -601,6 +638,7 @@ func (d *Driver) erase(ctx context.Context, id backend.GrantID, attempt uint32) 
 	name := d.name(id, attempt)
 	settled := time.Now().Add(d.provider.options.VisibleAfter)
 	for {
+		asked := time.Now()
 		err := d.retry(ctx, func() error { return d.provider.delete(ctx, d.process, id, name) })
 		if err == nil && d.has(BugEarlyGone) {
 			return nil
@@ -614,7 +652,7 @@ func (d *Driver) erase(ctx context.Context, id backend.GrantID, attempt uint32) 
 		switch {
 		case codeOf(err) != CodeNotFound:
 			return classify(err, "delete the instance")
-		case !time.Now().Before(settled):
+		case !asked.Before(settled):
 			return nil
 		}
 		if err := d.pause(ctx, 1); err != nil {
@@ -662,11 +700,12 @@ func (d *Driver) watch(ctx context.Context, id backend.GrantID, usage func(backe
 		return saved.Exit, true, nil
 	}
 	for {
+		asked := time.Now()
 		v, err := d.wait(ctx, id, d.name(id, attempts[open].Number))
 		switch {
 		case err == nil:
 			return v.exit, true, nil
-		case codeOf(err) == CodeNotFound && !time.Now().Before(visible):
+		case codeOf(err) == CodeNotFound && !asked.Before(visible):
 			if saved, err := d.journal.SavedLog(ctx, id); err != nil || saved != nil {
 				return exitOf(saved), err == nil, err
 			}
@@ -712,7 +751,7 @@ func (d *Driver) Terminate(ctx context.Context, id backend.GrantID) (*backend.Co
 	}
 	var views []view
 	err = d.retry(ctx, func() (err error) {
-		views, err = d.provider.list(ctx, d.process, id, d.env.BridgeID)
+		views, err = d.provider.list(ctx, d.process, id, d.bridge())
 		return err
 	})
 	if err != nil && !d.has(BugBlind) {
@@ -728,6 +767,13 @@ func (d *Driver) Terminate(ctx context.Context, id backend.GrantID) (*backend.Co
 		if v.id == id {
 			if _, began := numbers[v.attempt]; !began {
 				numbers[v.attempt] = false
+			}
+		}
+	}
+	if d.has(BugEveryBridge) {
+		for _, v := range views {
+			if v.id == id && v.bridge != d.env.BridgeID {
+				return nil, classify(d.provider.delete(ctx, d.process, id, v.name), "delete the instance")
 			}
 		}
 	}
@@ -782,7 +828,7 @@ func (d *Driver) settle(ctx context.Context, id backend.GrantID, attempt uint32)
 
 // List implements backend.Inventory.
 func (d *Driver) List(ctx context.Context) (backend.Listing, error) {
-	views, err := d.provider.list(ctx, d.process, backend.GrantID{}, d.env.BridgeID)
+	views, err := d.provider.list(ctx, d.process, backend.GrantID{}, d.bridge())
 	if err != nil {
 		return backend.Listing{}, classify(err, "list instances")
 	}

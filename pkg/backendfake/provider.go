@@ -205,6 +205,28 @@ func (p *Provider) Vanish(id backend.GrantID) bool {
 	return p.each(id, func(i *instance) { p.remove(i) })
 }
 
+// Plant puts an instance on the first host that no driver has asked for, as an
+// earlier process of a bridge might have left it. Its deadline isn't enforced.
+func (p *Provider) Plant(bridge string, id backend.GrantID, validTo time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	name := fmt.Sprintf("cb-%s-%s-1", bridge, id)
+	i := &instance{changed: make(chan struct{})}
+	i.request = request{bridge: bridge, id: id, attempt: 1, name: name, token: name, host: p.options.Hosts[0].Name, validTo: validTo}
+	i.region, i.createdAt, i.startedAt = p.options.Hosts[0].Region, time.Now(), time.Now()
+	i.instanceID = backend.InstanceID("planted-" + id.String()[:8])
+	p.instances[name] = i
+}
+
+// Uproot removes what Plant made, if it is still there.
+func (p *Provider) Uproot(bridge string, id backend.GrantID) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if i, ok := p.instances[fmt.Sprintf("cb-%s-%s-1", bridge, id)]; ok {
+		p.remove(i)
+	}
+}
+
 // SetUsage fixes what the provider measures for a grant's instance from now
 // on. It reports whether one ran.
 func (p *Provider) SetUsage(id backend.GrantID, usage backend.Usage) bool {
@@ -466,12 +488,15 @@ func (p *Provider) describe(ctx context.Context, from *process, id backend.Grant
 	return out, err
 }
 
+// everyBridge lists what all bridges have.
+const everyBridge = "*"
+
 // list is made for one grant, or for none in particular.
 func (p *Provider) list(ctx context.Context, from *process, id backend.GrantID, bridge string) ([]view, error) {
 	var out []view
 	err := p.call(ctx, from, OpList, id, func() (bool, error) {
 		for _, i := range p.instances {
-			if i.bridge == bridge && !time.Now().Before(i.visibleAt) {
+			if (i.bridge == bridge || bridge == everyBridge) && !time.Now().Before(i.visibleAt) {
 				out = append(out, i.read())
 			}
 		}

@@ -155,6 +155,44 @@ func crashCases() []testCase {
 				settle: func(r *run) { r.over(backend.EndTerminated) },
 			})
 		}},
+		{name: "orphans/only what is over, and the bridge's own, is swept", needs: needs(needOrphanAge, needPlant), direct: true, run: func(e *env) {
+			g, envelope, p := e.ready()
+			plant := func(bridge string, validTo time.Time) Planted {
+				other, _ := e.f.Satisfiable()
+				planted := Planted{GrantID: other.ID, Bridge: bridge, ValidTo: validTo.UTC().Truncate(time.Second)}
+				if err := e.f.Plant(e.ctx(), planted); err != nil {
+					e.Fatalf("Plant: %v", err)
+				}
+				return planted
+			}
+			there := func(planted Planted) bool { return len(e.left(planted.GrantID)) > 0 }
+			past, future := time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+			blind := e.f.Inject(Fault{Point: e.f.ReadPoint, Kind: FaultUnavailable, Always: true})
+			defer blind.Release()
+			over, others, running := plant("", past), plant("backendtest-other", past), plant("", future)
+			receive(e, "a look at the provider", blind.Reached())
+			timer := time.NewTimer(3 * e.f.OrphanAge)
+			<-timer.C
+			if !there(over) {
+				e.Errorf("something was swept while nothing could be seen")
+			}
+			blind.Release()
+			e.eventually("what is past its deadline is swept", func() bool { return !there(over) })
+			timer.Reset(3 * e.f.OrphanAge)
+			<-timer.C
+			if !there(others) {
+				e.Errorf("what another bridge has was swept")
+			}
+			if !there(running) {
+				e.Errorf("what is within its deadline was swept, which another ledger may know of")
+			}
+			e.same("answers before and after a sweep", p, e.provision(g, envelope))
+			for _, planted := range []Planted{others, running} {
+				if err := e.f.Uproot(e.ctx(), planted); err != nil {
+					e.Errorf("Uproot: %v", err)
+				}
+			}
+		}},
 		{name: "crash/during a restart", needs: needs(), direct: true, run: func(e *env) {
 			e.crashes(restarting(e))
 		}},

@@ -2,6 +2,7 @@ package backendtest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -38,6 +39,8 @@ type breakage struct {
 	orphanAge time.Duration
 	// amnesia gives the worker an empty ledger at each restart.
 	amnesia bool
+	// ledger wraps what the worker has of the ledger.
+	ledger func(worker.Ledger) worker.Ledger
 	// backend wraps the whole.
 	backend func(backend.Backend) backend.Backend
 }
@@ -193,7 +196,15 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 			}
 			return f.start(t)
 		},
-		Kill:      f.kill,
+		Kill: f.kill,
+		Plant: func(_ context.Context, p Planted) error {
+			f.provider.Plant(cmp.Or(p.Bridge, "test"), p.GrantID, p.ValidTo)
+			return nil
+		},
+		Uproot: func(_ context.Context, p Planted) error {
+			f.provider.Uproot(cmp.Or(p.Bridge, "test"), p.GrantID)
+			return nil
+		},
 		Runs:      func(id backend.GrantID) bool { return f.provider.Running(id) > 0 },
 		OrphanAge: f.broken.orphanAge,
 		Logs:      f.logs.bytes,
@@ -305,8 +316,12 @@ const usageInterval = 20 * time.Millisecond
 func (f *fake) start(t testing.TB) (backend.Backend, error) {
 	t.Helper()
 	life := ledgertest.New(f.ledger, f.points)
+	var store worker.Ledger = life
+	if f.broken.ledger != nil {
+		store = f.broken.ledger(life)
+	}
 	runtime, err := worker.NewRuntime(worker.RuntimeConfig{
-		BridgeID: "test", Backend: "fake", Ledger: life, Secret: f.secret,
+		BridgeID: "test", Backend: "fake", Ledger: store, Secret: f.secret,
 		SweepInterval: f.broken.orphanAge / 4, OrphanAge: f.broken.orphanAge, // 0 means the defaults
 		Log: slog.New(slog.NewJSONHandler(f.logs, nil)), Metrics: prometheus.NewRegistry(),
 	})

@@ -15,6 +15,8 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/worker"
 )
 
 // recorder is a test whose failures are written down.
@@ -87,7 +89,7 @@ func record(t *testing.T, open func(testing.TB) *Fixture, name string, m mode) [
 				last()
 			}
 		}()
-		runCase(r, Harness{Open: open}, all[n], m, &report{})
+		runCase(r, Harness{Open: open, Sweep: Sweep{Parallel: 4}}, all[n], m, &report{})
 	}()
 	<-done
 	return r.failures
@@ -101,6 +103,16 @@ type wrap struct {
 	watch      func(ctx context.Context, b backend.Backend, h backend.Handle, emit func(backend.Event) error) error
 	terminate  func(ctx context.Context, b backend.Backend, h backend.Handle) (backend.Termination, error)
 	name       func() string
+	// capabilities are changed in place.
+	capabilities func(*backend.Capabilities)
+}
+
+func (w wrap) Capabilities(ctx context.Context) (backend.Capabilities, error) {
+	c, err := w.Backend.Capabilities(ctx)
+	if w.capabilities != nil {
+		w.capabilities(&c)
+	}
+	return c, err
 }
 
 func (w wrap) Name(ctx context.Context) (string, error) {
@@ -178,11 +190,34 @@ func broken(t *testing.T) map[string]struct {
 			"provision/cancelled at each step is undone and may be retried",
 		}},
 		"says created=none while something exists": {buggy(backendfake.BugSaysNone), []string{
-			"errors/clean-up that isn't confirmed is unknown", "errors/an answer lost for good",
+			"errors/clean-up that isn't confirmed is unknown", "errors/an answer lost for good", "faults/at each call of Provision",
 		}},
 		"second instance on retry": {buggy(backendfake.BugSecondInstance), []string{
 			"crash/during Provision, which is then retried", "terminate/works after a restart",
 		}},
+		"creates before the intent is on record": {breakage{bugs: []backendfake.Bug{backendfake.BugCreateFirst}, orphanAge: withOrphans.orphanAge}, []string{
+			"orphans/of a crash during Provision, which nobody retries",
+		}},
+		"records that it is gone before it is": {buggy(backendfake.BugGoneFirst), []string{"crash/while a cancelled Provision is retried"}},
+		"sends another token at each try":      {buggy(backendfake.BugNewToken), []string{"faults/at each call of Provision"}},
+		"takes up what was being undone":       {buggy(backendfake.BugResumes), []string{"crash/while a cancelled Provision is retried"}},
+		"sweeps what others have": {breakage{bugs: []backendfake.Bug{backendfake.BugEveryBridge}, orphanAge: withOrphans.orphanAge}, []string{
+			"orphans/only what is over, and the bridge's own, is swept",
+		}},
+		"doesn't look for closures": {breakage{ledger: func(l worker.Ledger) worker.Ledger { return noClosures{l} }}, []string{
+			"crash/during Terminate, which nobody retries",
+		}},
+		"closes a grant after its end": {breakage{ledger: func(l worker.Ledger) worker.Ledger {
+			return &lateClosures{Ledger: l, late: map[ledger.RequestID]ledger.Closure{}}
+		}}, []string{"crash/during Terminate, which nobody retries"}},
+		"forgets the final log": {breakage{ledger: func(l worker.Ledger) worker.Ledger { return noFinals{l} }}, []string{
+			"terminate/again answers the same", "faults/at each call of Terminate",
+		}},
+		"tells of more than there is": {wrapped(wrap{capabilities: func(c *backend.Capabilities) {
+			for i := range c.Regions {
+				c.Regions[i].Free, c.Regions[i].ActiveInstances = c.Regions[i].Total, 0
+			}
+		}}), []string{"capabilities/count what exists"}},
 		"over-commits": {buggy(backendfake.BugNoReservation), []string{
 			"provision/parallel grants never exceed capacity", "capabilities/count what exists",
 		}},
@@ -372,6 +407,51 @@ func broken(t *testing.T) map[string]struct {
 			return b.CanSatisfy(ctx, g)
 		}}), []string{"satisfy/asking changes nothing"}},
 	}
+}
+
+// noClosures is a ledger in which closures aren't found, but by who begins an
+// attempt.
+type noClosures struct{ worker.Ledger }
+
+func (noClosures) Closure(context.Context, ledger.RequestID) (ledger.Closure, error) {
+	return ledger.Closure{}, ledger.ErrNotFound
+}
+
+// lateClosures is a ledger that has closures only once the final log is there.
+type lateClosures struct {
+	worker.Ledger
+	mu   sync.Mutex
+	late map[ledger.RequestID]ledger.Closure
+}
+
+func (l *lateClosures) CloseGrant(_ context.Context, c ledger.Closure) (ledger.Closure, bool, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if known, ok := l.late[c.RequestID]; ok {
+		return known, false, nil
+	}
+	l.late[c.RequestID] = c
+	return c, true, nil
+}
+
+func (l *lateClosures) PutFinal(ctx context.Context, g ledger.Log) (ledger.Log, bool, error) {
+	l.mu.Lock()
+	c, ok := l.late[g.RequestID]
+	l.mu.Unlock()
+	if ok {
+		if _, _, err := l.Ledger.CloseGrant(ctx, c); err != nil {
+			return ledger.Log{}, false, err
+		}
+	}
+	return l.Ledger.PutFinal(ctx, g)
+}
+
+// noFinals is a ledger that says that it has the final log, and hasn't.
+type noFinals struct{ worker.Ledger }
+
+func (noFinals) PutFinal(_ context.Context, g ledger.Log) (ledger.Log, bool, error) {
+	g.Final = true
+	return g, true, nil
 }
 
 // firstDecides joins calls to the first one, which takes the others with it
