@@ -30,7 +30,7 @@ const (
 	BugCreateFirst Bug = "create first"
 	// BugGoneFirst: an attempt is on record as gone before it is deleted.
 	BugGoneFirst Bug = "gone first"
-	// BugNewToken: each try of a create has another name and token.
+	// BugNewToken: a create that is sent again has another name and token.
 	BugNewToken Bug = "new token"
 	// BugEveryBridge: what other bridges have counts as the bridge's own.
 	BugEveryBridge Bug = "every bridge"

@@ -514,8 +514,9 @@ func (d *Driver) create(ctx context.Context, attempt *begun, r request) (view, e
 		return view{}, err
 	}
 	attempt.fresh = false
+	tries := 0
 	err = d.retry(ctx, func() (err error) {
-		if d.has(BugNewToken) {
+		if tries++; tries > 1 && d.has(BugNewToken) {
 			r.name = fmt.Sprintf("cb-%s-%s-%s-%d", r.bridge, rand.Text(), r.id, r.attempt)
 			r.token = r.name
 		}

@@ -9,6 +9,11 @@
 // the provider's side alone run once. What can't apply to a backend is excepted
 // by name and with a reason; nothing is left out silently.
 //
+// The groups "crash", "faults" and "orphans" sweep: they record which calls a
+// clean run makes to the provider and to the ledger, and then make that run
+// again for each thing that can go wrong at each of those calls. The suite tells
+// how much it swept, and what it left out ([Sweep], [ReportDirectory]).
+//
 // A worker that is a process of its own takes part by a Backend that is a gRPC
 // client of it and that picks its connection, and so its certificate, by the
 // caller in the context.

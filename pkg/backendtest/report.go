@@ -114,10 +114,22 @@ func (r *report) tell(t *testing.T) {
 	}
 	slices.SortStableFunc(r.tallies, func(a, b *tally) int { return cmp.Compare(a.name, b.name) })
 	var text strings.Builder
+	crashes, faults, missed := 0, 0, 0
 	for _, one := range r.tallies {
 		t.Log(one)
 		fmt.Fprintf(&text, "%s\n", one)
+		for _, kinds := range one.runs {
+			for kind, n := range kinds {
+				if kind == FaultCrashBefore || kind == FaultCrashAfter {
+					crashes += n
+				} else {
+					faults += n
+				}
+			}
+		}
+		missed += one.missed()
 	}
+	fmt.Fprintf(&text, "in all: %d crashes, %d faults, %d runs that didn't reach their call\n", crashes, faults, missed)
 	dir := os.Getenv(ReportDirectory)
 	if dir == "" {
 		return
