@@ -2,6 +2,7 @@ package grpcx
 
 import (
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 
@@ -22,7 +23,13 @@ const maxResponseBytes = 64 << 20
 // Nothing is retried: Provision's outcome would be in doubt. Whoever calls
 // decides by the error.
 func Dial(c ClientConfig, t TLSConfig, options ...grpc.DialOption) (*grpc.ClientConn, error) {
-	creds, err := credentialsFor(c, t)
+	return DialLogging(slog.New(slog.DiscardHandler), c, t, options...)
+}
+
+// DialLogging is [Dial] for a process that lives on: it logs when changed TLS
+// files are used, and when they can't be.
+func DialLogging(log *slog.Logger, c ClientConfig, t TLSConfig, options ...grpc.DialOption) (*grpc.ClientConn, error) {
+	creds, err := credentialsFor(c, t, log)
 	if err != nil {
 		return nil, fmt.Errorf("dial %s: %w", c.Target, err)
 	}

@@ -1,11 +1,14 @@
 package grpcx
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"strconv"
@@ -36,35 +39,69 @@ func loadFiles(c TLSConfig) (*files, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cert_file %s, key_file %s: %w", c.CertFile, c.KeyFile, err)
 	}
-	pem, err := os.ReadFile(string(c.CAFile))
+	text, err := os.ReadFile(string(c.CAFile))
 	if err != nil {
 		return nil, fmt.Errorf("ca_file: %w", err)
 	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("ca_file: no PEM certificate in %s", c.CAFile)
+	pool, err := authorities(text)
+	if err != nil {
+		return nil, fmt.Errorf("ca_file %s: %w", c.CAFile, err)
 	}
 	return &files{certificate: certificate, authorities: pool}, nil
+}
+
+// authorities reads all certificates of a PEM file. Unlike
+// [x509.CertPool.AppendCertsFromPEM] it takes no part of them for the whole: an
+// authority that is missing because the file is being written would cost its
+// clients their connections.
+func authorities(text []byte) (*x509.CertPool, error) {
+	pool := x509.NewCertPool()
+	found := 0
+	for {
+		block, rest := pem.Decode(text)
+		if block == nil {
+			break
+		}
+		text = rest
+		if block.Type != "CERTIFICATE" {
+			continue
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		pool.AddCert(cert)
+		found++
+	}
+	switch {
+	case bytes.Contains(text, []byte("-----BEGIN")):
+		return nil, errors.New("it ends in the middle of a certificate")
+	case found == 0:
+		return nil, errors.New("no PEM certificate in it")
+	}
+	return pool, nil
 }
 
 // reloader holds the TLS files and loads them again when they change. While
 // new files can't be loaded (half written, say), the old ones stay in use.
 type reloader struct {
 	config TLSConfig
+	log    *slog.Logger
 
 	mu      sync.Mutex // protects the fields below
 	current *files
-	stamp   string
+	stamp   string // of current
+	failed  string // the stamp of what couldn't be loaded, "" if all could
 	looked  time.Time
 }
 
-func newReloader(c TLSConfig) (*reloader, error) {
-	r := &reloader{config: c}
-	loaded, err := loadFiles(c)
-	if err != nil {
+func newReloader(c TLSConfig, log *slog.Logger) (*reloader, error) {
+	// The stamp first: what changes while it is loaded is loaded again.
+	r := &reloader{config: c, log: log, stamp: c.stamp(), looked: time.Now()}
+	var err error
+	if r.current, err = loadFiles(c); err != nil {
 		return nil, err
 	}
-	r.current, r.stamp, r.looked = loaded, c.stamp(), time.Now()
 	return r, nil
 }
 
@@ -87,12 +124,17 @@ func (r *reloader) files() *files {
 	}
 	r.looked = time.Now()
 	stamp := r.config.stamp()
-	if stamp == r.stamp {
+	if stamp == r.stamp || stamp == r.failed {
 		return r.current
 	}
-	if loaded, err := loadFiles(r.config); err == nil {
-		r.current, r.stamp = loaded, stamp
+	loaded, err := loadFiles(r.config)
+	if err != nil {
+		r.failed = stamp
+		r.log.Warn("Could not load changed TLS files, the old ones stay in use", "error", err)
+		return r.current
 	}
+	r.current, r.stamp, r.failed = loaded, stamp, ""
+	r.log.Info("Loaded changed TLS files", "cert_file", string(r.config.CertFile), "not_after", loaded.certificate.Leaf.NotAfter)
 	return r.current
 }
 
@@ -227,11 +269,11 @@ func (c *clientCredentials) OverrideServerName(name string) error {
 	return nil
 }
 
-func credentialsFor(c ClientConfig, t TLSConfig) (credentials.TransportCredentials, error) {
+func credentialsFor(c ClientConfig, t TLSConfig, log *slog.Logger) (credentials.TransportCredentials, error) {
 	if c.Insecure || UnixPath(c.Target) != "" {
 		return insecure.NewCredentials(), nil
 	}
-	r, err := newReloader(t)
+	r, err := newReloader(t, log)
 	if err != nil {
 		return nil, err
 	}

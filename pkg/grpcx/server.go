@@ -76,7 +76,7 @@ func NewServer(c ServerConfig, log *slog.Logger, metrics prometheus.Registerer) 
 	}
 	for i, lc := range c.Listen {
 		if UnixPath(lc.Address) == "" && !lc.Insecure && creds.tls == nil {
-			if creds.tls, err = newReloader(c.TLS); err != nil {
+			if creds.tls, err = newReloader(c.TLS, log); err != nil {
 				closeAll()
 				return nil, fmt.Errorf("tls.%w", err)
 			}

@@ -37,16 +37,20 @@ func newAuthority(t *testing.T) *authority {
 
 // identity issues a certificate for localhost with the identity and returns its
 // files.
-func (a *authority) identity(t *testing.T, name, identity string) grpcx.TLSConfig {
+func (a *authority) identity(t *testing.T, name, identity string, changes ...func(*x509.Certificate)) grpcx.TLSConfig {
 	t.Helper()
 	uri, err := url.Parse(identity)
 	if err != nil {
 		t.Fatal(err)
 	}
-	a.issue(t, name, &x509.Certificate{
+	template := &x509.Certificate{
 		Subject: pkix.Name{CommonName: name}, URIs: []*url.URL{uri}, DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth, x509.ExtKeyUsageServerAuth},
-	})
+	}
+	for _, change := range changes {
+		change(template)
+	}
+	a.issue(t, name, template)
 	file := func(name string) config.Path { return config.Path(filepath.Join(a.dir, name)) }
 	return grpcx.TLSConfig{CertFile: file(name + ".pem"), KeyFile: file(name + ".key"), CAFile: file("ca.pem")}
 }
@@ -61,7 +65,13 @@ func (a *authority) issue(t *testing.T, name string, template *x509.Certificate)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template.SerialNumber, template.NotBefore, template.NotAfter = serial, time.Now().Add(-time.Hour), time.Now().Add(time.Hour)
+	template.SerialNumber = serial
+	if template.NotBefore.IsZero() {
+		template.NotBefore = time.Now().Add(-time.Hour)
+	}
+	if template.NotAfter.IsZero() {
+		template.NotAfter = time.Now().Add(time.Hour)
+	}
 	parent, signer := a.cert, a.key
 	if parent == nil {
 		parent, signer = template, key

@@ -84,6 +84,7 @@ type machine struct {
 	ledger        string
 	secret        redact.Secret
 	files         grpcx.TLSConfig
+	clients       []grpcx.ClientEntry // beside the router
 }
 
 func (s *site) machine(t *testing.T, name string, grants int64) *machine {
@@ -126,7 +127,7 @@ func (m *machine) start(t *testing.T) (stop func()) {
 		defer runtime.Close()
 		s, err := grpcx.NewServer(grpcx.ServerConfig{
 			Listen: []grpcx.ListenConfig{{Address: m.address}}, TLS: m.files,
-			Clients: []grpcx.ClientEntry{{Identity: routerIdentity, Role: "reader", Router: true}},
+			Clients: append([]grpcx.ClientEntry{{Identity: routerIdentity, Role: "reader", Router: true}}, m.clients...),
 		}, log, metrics)
 		if err != nil {
 			return err
@@ -146,7 +147,20 @@ type router struct {
 
 func (s *site) router(t *testing.T, machines ...*machine) *router {
 	t.Helper()
-	files := s.ca.identity(t, "router", routerIdentity)
+	var backends []target
+	for _, m := range machines {
+		backends = append(backends, target{m.name, m.address})
+	}
+	return s.routerOver(t, "router", backends...)
+}
+
+// target is a backend of a router.
+type target struct{ name, address string }
+
+// routerOver is router with a name, over any backends.
+func (s *site) routerOver(t *testing.T, name string, backends ...target) *router {
+	t.Helper()
+	files := s.ca.identity(t, name, "spiffe://test/"+name)
 	text := fmt.Sprintf(`
 bridge_id = "test"
 shutdown_timeout = "1s"
@@ -161,9 +175,10 @@ client = [
 	{identity = "spiffe://test/reader", role = "reader"},
 	{identity = "unix:%d", role = "operator"},
 	{identity = "insecure", role = "reader"},
+	{identity = "spiffe://test/outer", role = "reader", router = true},
 ]
 `, files.CertFile, files.KeyFile, files.CAFile, freeAddress(t), filepath.Join(t.TempDir(), "router.sock"), os.Getuid())
-	for _, m := range machines {
+	for _, m := range backends {
 		text += fmt.Sprintf("[[backend]]\nname = %q\ntarget = %q\nserver_name = \"localhost\"\npoll_interval = \"20ms\"\nconnect_timeout = \"100ms\"\n", m.name, m.address)
 	}
 	r := &router{path: filepath.Join(t.TempDir(), "router.toml")}

@@ -67,7 +67,7 @@ type Worker struct {
 // tests.
 func Dial(c Config, tls grpcx.TLSConfig, log *slog.Logger, options ...grpc.DialOption) (*Worker, error) {
 	w := &Worker{config: c, log: log.With("backend", c.Name), changed: make(chan struct{}, 1)}
-	conn, err := grpcx.Dial(c.Client, tls, append([]grpc.DialOption{
+	conn, err := grpcx.DialLogging(w.log, c.Client, tls, append([]grpc.DialOption{
 		grpc.WithChainUnaryInterceptor(w.unary), grpc.WithChainStreamInterceptor(w.stream),
 		grpcx.Replicas(bridgev1.BackendService_ServiceDesc.ServiceName),
 	}, options...)...)
