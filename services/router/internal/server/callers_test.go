@@ -104,7 +104,7 @@ var rows = map[string]row{
 	bridgev1.FleetService_ListBackends_FullMethodName:                 {routers: true},
 	bridgev1.FleetService_GetProviderCard_FullMethodName:              {routers: true},
 	bridgev1.OperatorService_SetDraining_FullMethodName:               {reader: denied, other: denied, owner: denied, workers: true},
-	bridgev1.OperatorService_Sweep_FullMethodName:                     {reader: denied, other: denied, owner: denied, workers: true},
+	bridgev1.OperatorService_Sweep_FullMethodName:                     {reader: denied, other: denied, owner: denied, workers: true, routers: true},
 	healthv1.Health_Check_FullMethodName:                              {open: true, workers: true, routers: true},
 	healthv1.Health_Watch_FullMethodName:                              {open: true, workers: true, routers: true},
 	healthv1.Health_List_FullMethodName:                               {workers: true, routers: true},
