@@ -53,6 +53,8 @@ type fake struct {
 	logs     *lockedBuffer
 	broken   breakage
 
+	// lags says that reads find an instance late.
+	lags bool
 	// points is where the calls of all lives to their ledger pass.
 	points *ledgertest.Points
 
@@ -112,7 +114,7 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 		if broken.provider != nil {
 			broken.provider(&options)
 		}
-		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken, points: &ledgertest.Points{}}
+		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken, points: &ledgertest.Points{}, lags: options.VisibleAfter > 0}
 		t.Cleanup(f.provider.Close)
 		secret := make([]byte, 32)
 		_, _ = rand.Read(secret) // Never fails.
@@ -237,7 +239,8 @@ func (f *fake) record(id backend.GrantID) (stop func() []Call) {
 		}
 		for _, c := range f.provider.Calls()[before:] {
 			if id == (backend.GrantID{}) || c.GrantID == id {
-				varies := c.Op == backendfake.OpWait || c.GrantID == backend.GrantID{}
+				// Where reads lag, calls are made again until they see.
+				varies := c.Op == backendfake.OpWait || c.GrantID == backend.GrantID{} || f.lags
 				calls = append(calls, Call{Side: SideProvider, Point: string(c.Op), Mutates: c.Op.Mutates(), Varies: varies})
 			}
 		}
