@@ -70,12 +70,12 @@ func TestARouterIsKilledAtItsCalls(t *testing.T) {
 
 // TestLongARouterIsKilledAtEveryCall does so before and after all of them.
 func TestLongARouterIsKilledAtEveryCall(t *testing.T) {
-	sweepRouter(t, backendtest.Harness{Only: []string{"crash"}})
+	sweepRouter(t, backendtest.Harness{Only: []string{"crash"}, Sweep: backendtest.Sweep{Parallel: 2}})
 }
 
 // TestLongARoutersCallsFail has its calls fail.
 func TestLongARoutersCallsFail(t *testing.T) {
-	sweepRouter(t, backendtest.Harness{Only: []string{"faults"}, Sweep: backendtest.Sweep{Sample: 10}})
+	sweepRouter(t, backendtest.Harness{Only: []string{"faults"}, Sweep: backendtest.Sweep{Sample: 10, Parallel: 2}})
 }
 
 const everyCall = "it is swept at every call elsewhere"

@@ -19,6 +19,7 @@ func TestLongARouterBeforeAWorkerHonoursTheContract(t *testing.T) {
 			return b.fixture(t)
 		},
 		Only:       ordinary,
+		Sweep:      backendtest.Sweep{Sample: 3},
 		Skip:       exceptedOnHosts(),
 		DirectOnly: true,
 	})
