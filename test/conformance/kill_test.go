@@ -122,7 +122,7 @@ func sweepRouter(t *testing.T, h backendtest.Harness) {
 		tap := newGRPCTap(t, addr, b.worker.Addr(), b.Path("certs"))
 		claims := b.routeTo(t, addr)
 		f := b.fixture(t)
-		b.dies(f, t, "router")
+		b.dies(t, f, "router")
 		at := points{{backendtest.SideProvider, tap.calls}, {backendtest.SideLedger, claims}}
 		f.Record = at.record
 		f.Inject = func(fault backendtest.Fault) backendtest.Injection { return at.inject(fault, f.Kill) }

@@ -56,8 +56,11 @@ var (
 // identities are those whom the suite plays, and the processes', with what their
 // certificates are for.
 var identities = [][2]string{
-	{workerName, "reader"}, {"router", "router"},
-	{"backendtest-owner", "client"}, {"backendtest-stranger", "client"}, {"backendtest-operator", "operator"},
+	{workerName, "reader"},
+	{"router", "router"},
+	{"backendtest-owner", "client"},
+	{"backendtest-stranger", "client"},
+	{"backendtest-operator", "operator"},
 }
 
 // ground is what bridges stand on, one at a time: hosts, an address, and files
@@ -376,6 +379,7 @@ func (b *bridge) logs() []byte {
 // end stops the processes in good order and looks at what they leave in the
 // bridge's directory.
 func (b *bridge) end(t testing.TB) {
+	t.Helper()
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
@@ -435,7 +439,7 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 		},
 		OrphanAge: b.ground.orphanAge,
 	}
-	b.dies(f, t)
+	b.dies(t, f)
 	b.hosts.Fill(t, f)
 	b.wires.Fill(t, b.hosts, f)
 	for _, n := range suiteRoom {
@@ -454,7 +458,8 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 
 // dies has the named processes die, or all, when the suite says so, and start
 // again.
-func (b *bridge) dies(f *backendtest.Fixture, t testing.TB, names ...string) {
+func (b *bridge) dies(t testing.TB, f *backendtest.Fixture, names ...string) {
+	t.Helper()
 	f.Kill = func() {
 		if err := b.kill(names...); err != nil {
 			t.Errorf("kill: %v", err)
