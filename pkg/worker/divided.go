@@ -149,6 +149,36 @@ func (r *Runtime) follow(ctx context.Context) error {
 	return nil
 }
 
+// withOthers adds the ready instances that other replicas keep, as the ledger
+// has them: whichever replica is asked, the list is the worker's.
+func (r *Runtime) withOthers(ctx context.Context, caller backend.Caller, own []backend.Instance) []backend.Instance {
+	if _, divided := r.driver.(Divided); !divided {
+		return own
+	}
+	known := map[backend.GrantID]bool{}
+	for _, i := range own {
+		known[i.GrantID] = true
+	}
+	for claim, err := range r.config.Ledger.LiveClaims(ctx, r.config.Backend) {
+		var ready *backend.Provisioned
+		id := backend.GrantID(claim.RequestID)
+		if err == nil && (known[id] || (!caller.SeesAll() && !caller.Owns(claim.Owner))) {
+			continue
+		}
+		if err == nil {
+			ready, err = r.readyInstance(ctx, id)
+		}
+		if err != nil {
+			r.log.WarnContext(ctx, "Listing the instances of other replicas failed", "error", err.Error())
+			return own
+		}
+		if ready != nil {
+			own = append(own, shownInstance(caller, ready.Instance))
+		}
+	}
+	return own
+}
+
 // conclude gives the keeper the final log that another replica has written. It
 // has nothing more to do.
 func (k *keeper) conclude(final *backend.SignedLog) {

@@ -137,6 +137,14 @@ func TestAReplicaLeavesToTheOtherWhatItHas(t *testing.T) {
 		if ra.count("terminate") != 0 || b.keeper(g.ID) != nil || a.keeper(g.ID) == nil {
 			t.Error("the grant isn't kept by the one that has it, and by nobody else")
 		}
+		for _, s := range []*site{a, b} {
+			if all := s.Instances(as(t, alice)); len(all) != 1 || all[0].GrantID != g.ID || all[0].State != backend.StateReady {
+				t.Errorf("instances: %+v", all)
+			}
+			if all := s.Instances(as(t, bob)); len(all) != 0 {
+				t.Errorf("bob sees %+v", all)
+			}
+		}
 		if b.Serving() == nil || a.Serving() != nil {
 			t.Error("the wrong one serves")
 		}

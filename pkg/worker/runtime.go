@@ -756,7 +756,7 @@ func (r *Runtime) Instances(ctx context.Context) []backend.Instance {
 			out = append(out, shownInstance(caller, i))
 		}
 	}
-	return out
+	return r.withOthers(ctx, caller, out)
 }
 
 // ComputeLogs returns final compute logs, oldest first, as far as the caller

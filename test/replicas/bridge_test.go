@@ -10,9 +10,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -45,12 +47,41 @@ type process struct {
 	config  string
 	port    int
 	group   uint32 // its group id, by which its packets are known
+	run     func(func())
 	client  backend.Backend
 
 	mu     sync.Mutex
 	cmd    *exec.Cmd
 	exited chan struct{}
 }
+
+// starter returns a function that runs others on a thread that lives until the
+// test ends: a process dies with the thread that started it, which is how none
+// outlives the tests.
+func starter(t *testing.T) func(func()) {
+	t.Helper()
+	work := make(chan func())
+	go func() {
+		runtime.LockOSThread()
+		for f := range work {
+			f()
+		}
+	}()
+	t.Cleanup(func() { close(work) })
+	return func(f func()) {
+		done := make(chan struct{})
+		work <- func() {
+			defer close(done)
+			f()
+		}
+		<-done
+	}
+}
+
+// groups counts processes, for group ids of their own.
+var groups atomic.Uint32
+
+func nextGroup() uint32 { return 5000 + groups.Add(1) }
 
 // bridge is two workers and two routers.
 type bridge struct {
@@ -128,9 +159,10 @@ identity = "insecure"
 role = "operator"
 router = true
 `
+	run := starter(t)
 	var targets []string
 	for i := range 2 {
-		p := &process{t: t, name: "worker-" + string(rune('a'+i)), program: filepath.Join(bin, "baremetal-worker"), port: freePort(t), group: uint32(5001 + i)}
+		p := &process{t: t, name: "worker-" + string(rune('a'+i)), program: filepath.Join(bin, "baremetal-worker"), port: freePort(t), group: nextGroup(), run: run}
 		var c strings.Builder
 		fmt.Fprintf(&c, "bridge_id = \"replicas\"\nname = \"metal\"\nsecret_file = %q\nlog_level = \"debug\"\n\n[ledger]\ndriver = \"postgres\"\ndsn = %q\n\n[sweep]\ninterval = \"2s\"\norphan_age = \"30s\"\n",
 			filepath.Join(b.dir, "worker.secret"), workerDSN)
@@ -148,7 +180,7 @@ router = true
 		targets = append(targets, p.addr())
 	}
 	for i := range 2 {
-		p := &process{t: t, name: "router-" + string(rune('a'+i)), program: filepath.Join(bin, "router"), port: freePort(t), group: uint32(5011 + i)}
+		p := &process{t: t, name: "router-" + string(rune('a'+i)), program: filepath.Join(bin, "router"), port: freePort(t), group: nextGroup(), run: run}
 		var c strings.Builder
 		fmt.Fprintf(&c, "bridge_id = \"replicas\"\nlog_level = \"debug\"\n\n[ledger]\ndriver = \"postgres\"\ndsn = %q\n", routerDSN)
 		fmt.Fprintf(&c, listen, p.port)
@@ -185,7 +217,8 @@ func (p *process) start() {
 	cmd := exec.Command(p.program, "-config", p.config)
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 0, Gid: p.group}, Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
+	p.run(func() { err = cmd.Start() })
+	if err != nil {
 		p.t.Fatal(err)
 	}
 	exited := make(chan struct{})

@@ -18,6 +18,7 @@ import (
 // TestReplicas has a bridge with two hosts through everything that may happen to
 // an owner, one after the other.
 func TestReplicas(t *testing.T) {
+	t.Parallel()
 	h1, h2 := lab.NewHost(t, lab.HostOptions{}), lab.NewHost(t, lab.HostOptions{})
 	b := newBridge(t, h1, h2)
 	a, other := b.workers[0], b.workers[1]
@@ -320,6 +321,8 @@ func cut(t *testing.T, w *process) (mend func()) {
 
 // race has both routers provision a grant each for the last slot, rounds times.
 func race(t *testing.T, rounds int) {
+	t.Helper()
+	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	b := newBridge(t, h)
 	var held []backend.Handle
