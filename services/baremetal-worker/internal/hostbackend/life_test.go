@@ -72,7 +72,7 @@ func TestDeadlineEndsAnInstance(t *testing.T) {
 	image := s.image(ociimage.Shell)
 	soonOver := func() (backend.Grant, backend.Provisioned) {
 		g, e := grant(image, key)
-		g.ValidTo = time.Now().Add(4 * time.Second).Truncate(time.Microsecond).UTC()
+		g.ValidTo = time.Now().Add(12 * time.Second).Truncate(time.Microsecond).UTC()
 		return g, s.provision(t, g, e)
 	}
 	t.Run("with a watcher", func(t *testing.T) {

@@ -101,9 +101,9 @@ type firstStream struct {
 // Why implements [Stream].
 func (f *firstStream) Why() string { return f.stderr.String() }
 
-// Close ends the program.
+// Close ends the program. (Closing its input alone must not meet a Write: they
+// race in package ssh.)
 func (f *firstStream) Close() error {
-	_ = f.WriteCloser.Close()
 	err := f.session.Close()
 	f.done()
 	if errors.Is(err, io.EOF) {

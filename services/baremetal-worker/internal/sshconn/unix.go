@@ -127,9 +127,9 @@ func (s *streamConn) Read(p []byte) (int, error) { return s.out.Read(p) }
 // Write writes what the program reads.
 func (s *streamConn) Write(p []byte) (int, error) { return s.in.Write(p) }
 
-// Close ends the program.
+// Close ends the program. (Closing its input alone must not meet a Write: they
+// race in package ssh.)
 func (s *streamConn) Close() error {
-	_ = s.in.Close()
 	err := s.session.Close()
 	s.release()
 	if errors.Is(err, io.EOF) {
