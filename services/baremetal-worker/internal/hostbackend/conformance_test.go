@@ -6,10 +6,8 @@ import (
 	"crypto/rand"
 	"errors"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -20,6 +18,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
 	"github.com/compute-bridge/compute-bridge/pkg/config"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
 	"github.com/compute-bridge/compute-bridge/test/lab"
@@ -40,17 +39,38 @@ const (
 	suitePatience = 60 * time.Second
 	// suiteUsageInterval is how often the suite's watches report usage.
 	suiteUsageInterval = 200 * time.Millisecond
+	// suiteSweepInterval and suiteOrphanAge are short, for there are cases that
+	// wait for a sweep, but long enough that most restarts come before one.
+	suiteSweepInterval = 2 * time.Second
+	suiteOrphanAge     = 5 * time.Second
 )
 
 // TestConformance holds the worker to the Backend contract, on lab hosts that
 // all cases share: what a case leaves behind fails that case, by a quick look,
-// and at the end the hosts are searched thoroughly.
+// and at the end the hosts are searched thoroughly. Each sweep takes some of its
+// calls only, at random; TestLongConformance takes them all.
 func TestConformance(t *testing.T) {
-	var hosts []*lab.Host
-	for range suiteRoom {
-		h := lab.NewHost(t, lab.HostOptions{})
-		hostfixture.MakeFaulty(t, h)
-		hosts = append(hosts, h)
+	conform(t, backendtest.Harness{Sweep: backendtest.Sweep{Sample: 4, MutatingOnly: true, Parallel: 2}})
+}
+
+// TestLongConformance sweeps all calls that the worker makes, to its hosts and to
+// its ledger.
+func TestLongConformance(t *testing.T) {
+	conform(t, backendtest.Harness{DirectOnly: true, Only: []string{"crash", "faults"}, Sweep: backendtest.Sweep{Parallel: 4}})
+}
+
+// conform runs the suite. Each of its fixtures has hosts of its own.
+func conform(t *testing.T, harness backendtest.Harness) {
+	t.Helper()
+	free := make(chan []*lab.Host, max(1, harness.Sweep.Parallel))
+	var all []*lab.Host
+	for range cap(free) {
+		var hosts []*lab.Host
+		for range suiteRoom {
+			hosts = append(hosts, lab.NewHost(t, lab.HostOptions{}))
+		}
+		free <- hosts
+		all = append(all, hosts...)
 	}
 	guest, err := guestBinary()
 	if err != nil {
@@ -69,14 +89,15 @@ func TestConformance(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	backendtest.Run(t, backendtest.Harness{
-		Open: func(t testing.TB) *backendtest.Fixture {
-			t.Helper()
-			return openSuiteSite(t, hosts, dir, image).fixture(t)
-		},
-		Skip: exceptedOnHosts(),
-	})
-	(&hostfixture.Site{BridgeID: "test", Hosts: hosts}).CheckNothingIsLeft(t)
+	harness.Skip = exceptedOnHosts()
+	harness.Open = func(t testing.TB) *backendtest.Fixture {
+		t.Helper()
+		hosts := <-free
+		t.Cleanup(func() { free <- hosts })
+		return openSuiteSite(t, hosts, dir, image).fixture(t)
+	}
+	backendtest.Run(t, harness)
+	(&hostfixture.Site{BridgeID: "test", Hosts: all}).CheckNothingIsLeft(t)
 }
 
 // suiteSite is a worker on hosts, as a case's fixture.
@@ -88,8 +109,14 @@ type suiteSite struct {
 	secret redact.Secret
 	logs   lockedBuffer
 
+	wires *hostfixture.Wires
+
+	mu      sync.Mutex // protects what follows
+	life    *ledgertest.Ledger
 	runtime *worker.Runtime
 	driver  worker.Driver
+	give    context.CancelFunc // ends the opening of the driver
+	dead    bool
 }
 
 // lockedBuffer collects logs.
@@ -111,25 +138,6 @@ func (l *lockedBuffer) bytes() []byte {
 	return bytes.Clone(l.b.Bytes())
 }
 
-// emptyLedger is the file of a ledger that was just made. Under the race
-// detector making one takes much longer than copying it.
-var emptyLedger = sync.OnceValues(func() ([]byte, error) {
-	dir, err := os.MkdirTemp("", "hostbackend-")
-	if err != nil {
-		return nil, err
-	}
-	defer os.RemoveAll(dir) //nolint:errcheck // a temporary directory
-	file := filepath.Join(dir, "ledger.db")
-	l, err := ledger.Open(context.Background(), ledger.Config{Path: file})
-	if err != nil {
-		return nil, err
-	}
-	if err := l.Close(); err != nil {
-		return nil, err
-	}
-	return os.ReadFile(file)
-})
-
 // openSuiteSite has a ledger of its own, so that each case's worker is new.
 func openSuiteSite(t testing.TB, hosts []*lab.Host, dir string, image archive) *suiteSite {
 	t.Helper()
@@ -147,32 +155,18 @@ func openSuiteSite(t testing.TB, hosts []*lab.Host, dir string, image archive) *
 	s.config.ImageStore.Base = filepath.Join(dir, "images")
 	s.config.StopGrace.Duration = time.Second
 	s.config.UsageInterval.Duration = suiteUsageInterval
-	for n, h := range hosts {
+	s.wires = hostfixture.NewWires(new(ledgertest.Points), s.kill)
+	for n, tap := range s.wires.Open(t, hosts...) {
 		var key config.SecretFile
-		loadKey(t, &key, h.UserKeyFile)
+		loadKey(t, &key, hosts[n].UserKeyFile)
 		room := suiteShape.Times(suiteRoom[n])
 		s.config.Hosts = append(s.config.Hosts, HostConfig{
-			Name: h.Name, Address: net.JoinHostPort(h.Addr.String(), strconv.Itoa(h.SSHPort)), User: "root", KeyFile: key,
-			HostKeys: []string{h.HostKeyLine()}, Region: "lab",
+			Name: hosts[n].Name, Address: tap.Addr(), PublicHost: hosts[n].Addr.String(), User: "root", KeyFile: key,
+			HostKeys: []string{tap.HostKeyLine()}, Region: "lab", Ports: hostfixture.Ports,
 			CPUMillicores: int64(room.CPU), RAMMiB: int64(room.RAM), StorageGiB: int64(room.Storage), MaxInstances: 20,
 		})
 	}
-	file := filepath.Join(t.TempDir(), "ledger.db")
-	empty, err := emptyLedger()
-	if err == nil {
-		err = os.WriteFile(file, empty, 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	if s.ledger, err = ledger.Open(t.Context(), ledger.Config{Path: file}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := s.ledger.Close(); err != nil {
-			t.Errorf("close the ledger: %v", err)
-		}
-	})
+	s.ledger = ledgertest.Open(t)
 	t.Cleanup(func() {
 		s.stop(t)
 		if t.Failed() {
@@ -183,50 +177,77 @@ func openSuiteSite(t testing.TB, hosts []*lab.Host, dir string, image archive) *
 }
 
 // start starts a worker, as a new process would.
-func (s *suiteSite) start(t testing.TB) backend.Backend {
+func (s *suiteSite) start(t testing.TB) (backend.Backend, error) {
 	t.Helper()
+	life := ledgertest.New(s.ledger, s.wires.Ledger)
 	runtime, err := worker.NewRuntime(worker.RuntimeConfig{
-		BridgeID: "test", Backend: "baremetal", Ledger: s.ledger, Secret: s.secret, Metrics: prometheus.NewRegistry(),
+		BridgeID: "test", Backend: "baremetal", Ledger: life, Secret: s.secret, Metrics: prometheus.NewRegistry(),
+		SweepInterval: suiteSweepInterval, OrphanAge: suiteOrphanAge,
 		Log: slog.New(slog.NewJSONHandler(&s.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	})
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	ctx := context.WithoutCancel(t.Context())
+	ctx, give := context.WithCancel(context.WithoutCancel(t.Context()))
+	defer give()
+	s.wires.Hosts.Refuse(false)
+	s.mu.Lock()
+	s.life, s.give, s.dead = life, give, false
+	s.mu.Unlock()
 	driver, err := Open(ctx, s.config, runtime.Env())
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	s.driver = driver
+	s.mu.Lock()
+	s.driver, s.runtime = driver, runtime
+	s.mu.Unlock()
 	if err := runtime.Start(ctx, driver); err != nil {
-		t.Fatal(err)
+		s.stop(t)
+		return nil, err
 	}
-	s.runtime = runtime
-	return runtime
+	return runtime, nil
 }
 
-// stop ends the worker, if it still runs, and leaves its grants alone. After it
-// the worker does nothing any more, which is all that the end of a process can
-// bring about: nothing that it might still have done is waited for.
+// kill makes the worker dead at once: it reaches neither its hosts nor its
+// ledger any more. What it had sent may still have its effect.
+func (s *suiteSite) kill() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.life.Kill()
+	s.give()
+	s.dead = true
+	s.wires.Hosts.Refuse(true)
+}
+
+// stop ends the worker, if it still runs, and leaves its grants alone.
 func (s *suiteSite) stop(t testing.TB) {
 	t.Helper()
-	if s.runtime != nil {
-		s.runtime.Close()
-		s.runtime = nil
+	s.mu.Lock()
+	runtime, driver, dead := s.runtime, s.driver, s.dead
+	s.runtime, s.driver = nil, nil
+	s.mu.Unlock()
+	if driver == nil {
+		return
 	}
-	if s.driver != nil {
-		if err := s.driver.Close(); err != nil {
-			t.Errorf("close the driver: %v", err)
-		}
-		s.driver = nil
+	// One that is dead has nothing to do in good order before it loses its hosts.
+	if !dead {
+		runtime.Close()
 	}
+	if err := driver.Close(); err != nil {
+		t.Errorf("close the driver: %v", err)
+	}
+	runtime.Close()
 }
 
 func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 	t.Helper()
 	owner := newLogin(t)
+	b, err := s.start(t)
+	if err != nil {
+		t.Fatal(err)
+	}
 	f := &backendtest.Fixture{
-		Backend:       s.start(t),
+		Backend:       b,
 		ShortestLife:  2 * time.Second,
 		Patience:      suitePatience,
 		UsageInterval: suiteUsageInterval,
@@ -237,14 +258,16 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 			g.Shape, g.Environment, g.AlmanacSequence = suiteShape, map[string]string{"NAME": "value"}, 3
 			return g, envelope
 		},
-		Kill: func() { s.stop(t) },
+		OrphanAge: suiteOrphanAge,
+		Kill:      s.kill,
 		Reopen: func(t testing.TB) (backend.Backend, error) {
 			t.Helper()
 			s.stop(t)
-			return s.start(t), nil
+			return s.start(t)
 		},
 	}
 	s.hosts.Fill(t, f)
+	s.wires.Fill(t, s.hosts, f)
 	for _, n := range suiteRoom {
 		f.Capacity += int(n)
 	}
@@ -256,43 +279,28 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 	return f
 }
 
-// usable waits until the worker, if it runs, can use its hosts.
+// usable waits until the worker, if it runs, can use its hosts for new grants.
 func (s *suiteSite) usable(ctx context.Context) error {
+	s.mu.Lock()
 	b, ok := s.driver.(*Backend)
-	if !ok {
-		return nil // stopped
+	dead := s.dead
+	s.mu.Unlock()
+	if !ok || dead {
+		return nil
 	}
 	var errs []error
 	for _, h := range b.hosts {
-		errs = append(errs, h.wait(ctx))
+		errs = append(errs, poll(ctx, func() error {
+			_, err := h.usable()
+			return err
+		}))
 	}
 	return errors.Join(errs...)
 }
 
 // exceptedOnHosts names the cases that can't apply.
 func exceptedOnHosts() map[string]string {
-	const elsewhere = "a process can't be killed from within; test/e2e kills the worker's own"
 	return map[string]string{
-		"watch/an instance that the provider took back is INTERRUPTED":    "the operator's own hosts take nothing back",
-		"errors/every refusal has its reason and leaves nothing":          "a host that lets the worker in refuses it nothing, and has no quota",
-		"errors/clean-up that isn't confirmed is unknown":                 "the steps of a host's clean-up make up for each other: one that fails keeps nothing",
-		"errors/no secret of the grant is told":                           "a host that lets the worker in refuses it nothing",
-		"crash/during Provision with a sealed key, which is then retried": elsewhere,
-		"orphans/of a crash during Provision, which nobody retries":       elsewhere,
-		"orphans/only what is over, and the bridge's own, is swept":       elsewhere,
-		"orphans/of a crash while a cancelled Provision is undone":        elsewhere,
-		"crash/while a cancelled Provision is retried":                    elsewhere,
-		"crash/during a watch until the workload's end":                   elsewhere,
-		"crash/during a watch until the deadline":                         elsewhere,
-		"crash/during Terminate of what is being made":                    elsewhere,
-		"crash/during a restart":                                          elsewhere,
-		"faults/at each call of Provision":                                elsewhere,
-		"faults/at each call of Terminate":                                elsewhere,
-		"faults/at each call of a watch until the workload's end":         elsewhere,
-		"faults/at each call of a restart":                                elsewhere,
-		"crash/during Provision, which is then retried":                   elsewhere,
-		"crash/during Provision, and then Terminate":                      elsewhere,
-		"crash/during Terminate, which is then retried":                   elsewhere,
-		"crash/during Terminate, which nobody retries":                    elsewhere,
+		"watch/an instance that the provider took back is INTERRUPTED": "the operator's own hosts take nothing back",
 	}
 }
