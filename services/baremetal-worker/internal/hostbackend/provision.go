@@ -111,7 +111,8 @@ func (b *Backend) finishUndo(ctx context.Context, grant backend.Grant, a *attemp
 	case err != nil:
 		return nil, err
 	case !marked:
-		if there, err := h.fs.Exists(ctx, h.backend.dirs.grant(grant.ID)); err != nil || there {
+		// The record is the first file there and the first to go.
+		if there, err := h.fs.Exists(ctx, h.backend.dirs.grant(grant.ID)+"/"+recordFile); err != nil || there {
 			return a, err
 		}
 	}

@@ -73,8 +73,14 @@ func (h *host) clear(ctx context.Context, id backend.GrantID, save bool) error {
 			return err
 		}
 	}
-	if err := h.fs.RemoveAll(ctx, dir); err != nil {
-		return err
+	// The record first: what is half removed when the worker dies must not be
+	// read for another log, nor taken for an attempt to go on with. Then the
+	// file without which a call that comes late starts nothing; the mark of the
+	// end alone would be gone too soon.
+	for _, path := range []string{dir + "/" + recordFile, dir + "/" + attemptFile(r.Attempt), dir} {
+		if err := h.fs.RemoveAll(ctx, path); err != nil {
+			return err
+		}
 	}
 	left, err := h.bus.List(ctx, unitPattern(h.backend.env.BridgeID, &id))
 	if err != nil {
