@@ -50,7 +50,7 @@ const (
 // and at the end the hosts are searched thoroughly. Each sweep takes some of its
 // calls only, at random; TestLongConformance takes them all.
 func TestConformance(t *testing.T) {
-	conform(t, backendtest.Harness{Sweep: backendtest.Sweep{Sample: 4, MutatingOnly: true, Parallel: 2}})
+	conform(t, backendtest.Harness{Sweep: backendtest.Sweep{Sample: 3, MutatingOnly: true, Parallel: 3}})
 }
 
 // TestLongConformance sweeps all calls that the worker makes, to its hosts and to
