@@ -138,11 +138,18 @@ func errorCases() []testCase {
 	}
 }
 
-// failsAt provisions a new grant while a provider call fails, then without
-// fault, and ends it.
+// failsAt provisions a new grant while a provider call fails, in a way that it
+// can fail in, then without fault, and ends it.
 func (e *env) failsAt(point string, kind FaultKind, always bool) {
 	e.Helper()
 	what := "Provision while " + point + " is " + string(kind)
+	reasons := faultReasons[kind]
+	if e.f.Faults != nil {
+		var can bool
+		if reasons, can = e.f.Faults(Call{Side: SideProvider, Point: point})[kind]; !can {
+			return
+		}
+	}
 	g, envelope := e.grant()
 	fault := e.f.Inject(Fault{Point: point, Kind: kind, Always: always, GrantID: g.ID})
 	defer fault.Release()
@@ -156,7 +163,7 @@ func (e *env) failsAt(point string, kind FaultKind, always bool) {
 		e.Errorf("%s: it succeeded", what)
 	}
 	if err != nil {
-		e.want(err, what, faultReasons[kind]...)
+		e.want(err, what, reasons...)
 		if slices.Contains([]FaultKind{FaultCapacity, FaultQuota, FaultDenied, FaultUnauthenticated}, kind) && point == e.f.CreatePoint {
 			e.wantNone(err, what)
 		}
