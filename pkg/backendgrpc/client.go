@@ -56,7 +56,30 @@ func (c *client) Provision(ctx context.Context, grant backend.Grant, envelope ba
 	if res.GetInstance().GetHandle() == "" || res.GetReceipt() == nil {
 		return backend.Provisioned{}, backenderr.New(backenderr.Unknown, "backend answered Provision without instance or receipt")
 	}
-	return ProvisionedFromProto(res), nil
+	p := ProvisionedFromProto(res)
+	if wrong := wrongAnswer(grant.ID, p); wrong != "" {
+		return backend.Provisioned{}, backenderr.New(backenderr.Unknown, "backend answered Provision with %s", wrong)
+	}
+	return p, nil
+}
+
+// wrongAnswer says what is wrong with a backend's answer for a grant, "" if
+// nothing. An answer for another grant, or one that nobody can log in by without
+// trust on first use, must not be passed on; what exists is unknown then.
+func wrongAnswer(id backend.GrantID, p backend.Provisioned) string {
+	switch named, err := p.Instance.Handle.GrantID(); {
+	case err != nil:
+		return "a handle that names no grant"
+	case named != id:
+		return "the handle of another grant"
+	case p.Instance.GrantID != id:
+		return "the instance of another grant"
+	case p.Receipt.GrantID != id:
+		return "the receipt of another grant"
+	case p.Receipt.HostKey == "":
+		return "a receipt without a host key"
+	}
+	return ""
 }
 
 func (c *client) WatchUntilExit(ctx context.Context, handle backend.Handle, emit func(backend.Event) error) error {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -107,6 +108,8 @@ func TestCallsCarryEverything(t *testing.T) {
 	}
 	same(t, s.caps, caps)
 	grant, envelope := filled[backend.Grant](r), filled[backend.Envelope](r)
+	s.provisioned.Instance.Handle = backend.HandleFor(grant.ID).Via("site")
+	s.provisioned.Instance.GrantID, s.provisioned.Receipt.GrantID = grant.ID, grant.ID
 	if got, err := client.CanSatisfy(ctx, grant); err != nil || got != (backend.Satisfaction{Reason: "too big"}) {
 		t.Errorf("CanSatisfy: %+v, %v", got, err)
 	}
@@ -261,5 +264,43 @@ func TestAnswersThatMakeNoSense(t *testing.T) {
 	defer cancel()
 	if _, err := client.Name(ctx); !errors.Is(err, context.DeadlineExceeded) || !backenderr.Is(err, backenderr.DeadlineExceeded) {
 		t.Errorf("past its deadline: %v", err)
+	}
+}
+
+// An answer that can't be right is not passed on, and leaves open what exists.
+func TestAnswersForSomethingElseAreRefused(t *testing.T) {
+	t.Parallel()
+	id, other := backend.GrantID{1}, backend.GrantID{2}
+	good := func() backend.Provisioned {
+		return backend.Provisioned{
+			Instance: backend.Instance{Handle: backend.HandleFor(id).Via("site"), GrantID: id, State: backend.StateReady},
+			Receipt:  backend.Receipt{GrantID: id, Host: "h", Port: 22, User: "u", HostKey: "ssh-ed25519 AAAA"},
+		}
+	}
+	for name, change := range map[string]func(*backend.Provisioned){
+		"":                              func(*backend.Provisioned) {},
+		"a handle that names no grant":  func(p *backend.Provisioned) { p.Instance.Handle = "site/nothing" },
+		"the handle of another grant":   func(p *backend.Provisioned) { p.Instance.Handle = backend.HandleFor(other).Via("site") },
+		"the instance of another grant": func(p *backend.Provisioned) { p.Instance.GrantID = other },
+		"the receipt of another grant":  func(p *backend.Provisioned) { p.Receipt.GrantID = other },
+		"a receipt without a host key":  func(p *backend.Provisioned) { p.Receipt.HostKey = "" },
+		"without instance or receipt":   func(p *backend.Provisioned) { p.Instance.Handle = "" },
+	} {
+		s := &scripted{provisioned: good()}
+		change(&s.provisioned)
+		client, _ := serve(t, backendgrpc.NewServer(s))
+		p, err := client.Provision(t.Context(), backend.Grant{ID: id}, backend.Envelope{})
+		if name == "" {
+			if err != nil || p.Instance.Handle != s.provisioned.Instance.Handle {
+				t.Errorf("a right answer: %+v, %v", p, err)
+			}
+			continue
+		}
+		if !backenderr.Is(err, backenderr.Unknown) || backenderr.CreatedOf(err) != backenderr.CreatedUnknown || !strings.Contains(err.Error(), name) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if p.Instance.Handle != "" || p.Receipt.Host != "" {
+			t.Errorf("%s was passed on: %+v", name, p)
+		}
 	}
 }

@@ -116,7 +116,10 @@ func (r *remote) Provision(ctx context.Context, g backend.Grant, _ backend.Envel
 	r.mu.Lock()
 	r.caller = backend.CallerFrom(ctx)
 	r.mu.Unlock()
-	return backend.Provisioned{Instance: backend.Instance{Handle: backend.HandleFor(g.ID)}}, nil
+	return backend.Provisioned{
+		Instance: backend.Instance{Handle: backend.HandleFor(g.ID), GrantID: g.ID},
+		Receipt:  backend.Receipt{GrantID: g.ID, HostKey: "ssh-ed25519 AAAA"},
+	}, nil
 }
 
 func (r *remote) WatchUntilExit(ctx context.Context, _ backend.Handle, emit func(backend.Event) error) error {
