@@ -53,8 +53,6 @@ type fake struct {
 	logs     *lockedBuffer
 	broken   breakage
 
-	// lags says that reads find an instance late.
-	lags bool
 	// points is where the calls of all lives to their ledger pass.
 	points *ledgertest.Points
 
@@ -114,7 +112,7 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 		if broken.provider != nil {
 			broken.provider(&options)
 		}
-		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken, points: &ledgertest.Points{}, lags: options.VisibleAfter > 0}
+		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken, points: &ledgertest.Points{}}
 		t.Cleanup(f.provider.Close)
 		secret := make([]byte, 32)
 		_, _ = rand.Read(secret) // Never fails.
@@ -239,8 +237,7 @@ func (f *fake) record(id backend.GrantID) (stop func() []Call) {
 		}
 		for _, c := range f.provider.Calls()[before:] {
 			if id == (backend.GrantID{}) || c.GrantID == id {
-				// Where reads lag, calls are made again until they see.
-				varies := c.Op == backendfake.OpWait || c.GrantID == backend.GrantID{} || f.lags
+				varies := c.Op == backendfake.OpWait || c.GrantID == backend.GrantID{}
 				calls = append(calls, Call{Side: SideProvider, Point: string(c.Op), Mutates: c.Op.Mutates(), Varies: varies})
 			}
 		}
