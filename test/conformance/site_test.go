@@ -61,7 +61,11 @@ var identities = [][2]string{
 	{"backendtest-owner", "client"},
 	{"backendtest-stranger", "client"},
 	{"backendtest-operator", "operator"},
+	{nobody, "client"},
 }
+
+// nobody is an identity that no configuration lists.
+const nobody = "backendtest-nobody"
 
 // ground is what bridges stand on, one at a time: hosts, an address, and files
 // that no process writes.
@@ -354,7 +358,7 @@ func (b *bridge) running() []*site.Process {
 // allIsWell is an error unless a backend says so of itself, which one of which a
 // process has ended never will.
 func allIsWell(ctx context.Context, of backend.Backend, processes []*site.Process) error {
-	c, err := of.Capabilities(ctx)
+	c, err := of.Capabilities(backend.WithCaller(ctx, backend.Caller{Identity: "backendtest-operator", Role: backend.RoleOperator}))
 	if err == nil && (len(c.Warnings) > 0 || c.Stale || len(c.Regions) == 0) {
 		err = fmt.Errorf("not all is well: %+v", c)
 	}
@@ -496,7 +500,7 @@ func (c callers) by(ctx context.Context) backend.Backend {
 	if b, ok := c[backend.CallerFrom(ctx).Identity]; ok {
 		return b
 	}
-	return c["backendtest-owner"]
+	return c[nobody]
 }
 
 func (c callers) Name(ctx context.Context) (string, error) { return c.by(ctx).Name(ctx) }
