@@ -227,8 +227,12 @@ func TestAFinalLogOfTheOtherReplicaEndsAWatch(t *testing.T) {
 		if end, err := b.Terminate(as(t, alice), p.Instance.Handle); err != nil || end.State != backend.StateTerminated {
 			t.Fatalf("%+v, %v", end, err)
 		}
+		began := time.Now()
 		if err := <-done; err != nil || final == nil || final.Log.Exit.Reason != backend.EndTerminated {
 			t.Errorf("%+v, %v", final, err)
+		}
+		if took := time.Since(began); took > 2*followInterval {
+			t.Errorf("it took %s", took)
 		}
 		if ra.count("terminate") != 0 {
 			t.Error("it has torn down what isn't its own")
