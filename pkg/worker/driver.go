@@ -131,8 +131,12 @@ type Env struct {
 	// live: the driver prepares nothing for grants, Open succeeds with whatever
 	// parts of the provider can be seen in time (List names the others), and
 	// nothing but Terminate changes anything at the provider. A part whose clock
-	// can't be believed counts as one that can't be seen.
+	// can't be believed, or that another process has for itself, counts as one
+	// that can't be seen.
 	Janitor bool
+	// DryRun says that the janitor only looks: nothing at all may change, and
+	// what another process has for itself may be looked at.
+	DryRun bool
 	// TookOver is for [Divided] drivers: it makes the runtime look at once for
 	// grants that this replica has to keep from now on. It doesn't block.
 	TookOver func()

@@ -58,6 +58,8 @@ type RuntimeConfig struct {
 	Grace time.Duration
 	// Janitor says that the runtime is only for [Runtime.SweepOnce].
 	Janitor bool
+	// DryRun says that it changes nothing.
+	DryRun  bool
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
 }
@@ -143,6 +145,7 @@ func (r *Runtime) Env() Env {
 		HostKey:  r.keys.hostKey,
 		Metrics:  r.config.Metrics,
 		Janitor:  r.config.Janitor,
+		DryRun:   r.config.DryRun,
 		TookOver: r.wakeUp,
 	}
 }

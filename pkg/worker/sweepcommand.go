@@ -81,7 +81,7 @@ func sweepOnce[D any](ctx context.Context, c Config[D], open Open[D], o SweepOpt
 	}
 	defer func() { failure = errors.Join(failure, store.Close()) }()
 	runtime, err := NewRuntime(RuntimeConfig{
-		BridgeID: c.BridgeID, Backend: c.Name, Ledger: store, Secret: secret, Janitor: true,
+		BridgeID: c.BridgeID, Backend: c.Name, Ledger: store, Secret: secret, Janitor: true, DryRun: o.DryRun,
 		OrphanAge: c.Sweep.OrphanAge.Duration, Grace: c.Sweep.Grace.Duration,
 		Log: log, Metrics: telemetry.NewRegistry(),
 	})

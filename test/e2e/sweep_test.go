@@ -133,12 +133,16 @@ func TestTheJanitorWithEverythingDead(t *testing.T) {
 	b.image = big
 	half := strings.Repeat("cd", 32)
 	making := b.start(b.grantArgs(own("--request-id", half, "--timeout", "90s")...)...)
-	b.soon("the host has something of it", func() error {
+	// The image comes first, and takes long on a machine with much to do.
+	err = poll(t.Context(), 3*patience, func() error {
 		if _, dir := b.of("e2e", half); !dir {
 			return errors.New("nothing")
 		}
 		return nil
 	})
+	if err != nil {
+		t.Fatalf("the host has %v of it:\n%s", err, making.output())
+	}
 	if err := errors.Join(b.processes[w.Name].Kill(), b.router.Kill()); err != nil {
 		t.Fatal(err)
 	}

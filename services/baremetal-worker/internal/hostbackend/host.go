@@ -122,8 +122,10 @@ func newHost(ctx context.Context, b *Backend, c HostConfig) (*host, error) {
 		return nil, err
 	}
 	conn := sshconn.Config{Name: c.Name, Address: c.Address, User: c.User, Key: signer, HostKeys: pinned}
-	if !b.env.Janitor {
-		// The janitor does its work also beside a worker that hangs.
+	if !b.env.DryRun {
+		// Who only looks may look at a host that another has. Who changes
+		// something has the host, the janitor, too: a worker that lives keeps it
+		// away, one that hangs loses its lease.
 		conn.First, conn.Admit = lease.Args(), h.admit
 	}
 	if b.config.connection != nil {

@@ -162,7 +162,7 @@ func (h *host) setBringsGuest(brings bool) {
 // turn does what a connection's lease allows, as far as that isn't done yet. The
 // returned channel is closed when the lease has changed.
 func (h *host) turn(ctx context.Context, generation uint64) (<-chan struct{}, error) {
-	if h.backend.env.Janitor {
+	if h.backend.env.DryRun {
 		return nil, h.bring(ctx, generation)
 	}
 	lease, err := h.leaseOn(generation)
