@@ -113,7 +113,7 @@ func TestTheJanitorWithEverythingDead(t *testing.T) {
 	exits := b.provision(own()...)
 	b.image = shell
 	closed := b.provision(own()...)
-	expires := b.provision("--for", "20s", "--ssh-key", "requester.pub")
+	expires := b.provision("--for", "45s", "--ssh-key", "requester.pub")
 
 	// Of another bridge, whose name begins with ours: as far past its deadline as
 	// anything can be.
@@ -146,6 +146,9 @@ func TestTheJanitorWithEverythingDead(t *testing.T) {
 	if err := errors.Join(b.processes[w.Name].Kill(), b.router.Kill()); err != nil {
 		t.Fatal(err)
 	}
+	// On a machine with so much to do that the worker saw the deadline pass, it
+	// has ended that grant itself.
+	expired := !time.Now().Before(expires.Receipt.ValidTo)
 	making.kill()
 	b.image = shell
 
@@ -169,16 +172,22 @@ func TestTheJanitorWithEverythingDead(t *testing.T) {
 		}
 		return nil
 	})
-	b.soon("what expires has expired", func() error {
+	err = poll(t.Context(), 3*patience, func() error {
 		if late := time.Since(expires.Receipt.ValidTo); late < 4*time.Second {
 			return fmt.Errorf("%s to go", 4*time.Second-late)
 		}
 		return nil
 	})
+	if err != nil {
+		t.Fatal(err)
+	}
 
 	// Dry, until the youngest is old enough; then nothing has changed.
 	want := map[string]string{
 		exits.Instance.id(): "finish", expires.Instance.id(): "end", closed.Instance.id(): "end", half: "undo",
+	}
+	if expired {
+		delete(want, expires.Instance.id())
 	}
 	before := b.holdings()
 	b.soon("all of it counts as orphaned", func() error {
