@@ -189,6 +189,12 @@ func TestTheJanitorWithEverythingDead(t *testing.T) {
 	if expired {
 		delete(want, expires.Instance.id())
 	}
+	b.soon("what expired has ended", func() error {
+		if unit, _ := b.of("e2e", expires.Instance.id()); unit {
+			return errors.New("its unit is still there")
+		}
+		return nil
+	})
 	before := b.holdings()
 	b.soon("all of it counts as orphaned", func() error {
 		got := b.sweep(0, "-dry-run").actions()
