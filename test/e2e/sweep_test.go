@@ -68,7 +68,7 @@ func (b *bridge) sweeping() {
 func (b *bridge) holdings() string {
 	b.t.Helper()
 	text, err := b.hosts[0].Exec(b.t.Context(), "sh", "-c", `
-		find /var/lib/compute-bridge /run/compute-bridge -not -path '*/disk/*' -not -path '*/podman/*' -printf '%p %y %s %T@\n' | grep -v 'console.log\|disk.img\|\.lock ' | sort
+		find /var/lib/compute-bridge /run/compute-bridge -not -path '*/disk/*' -not -path '*/podman/*' -printf '%p %y %s %T@\n' | grep -v '/lease \|console.log\|disk.img\|\.lock ' | sort
 		systemctl list-units --all --plain --no-legend 'cb-*' | sort
 		systemctl is-active podman.socket
 		nft --stateless list ruleset | sed -E 's/expires [^ ,}]+//g; s/counter packets [0-9]+ bytes [0-9]+//g'
