@@ -36,7 +36,7 @@ func TestLongTheWorkerIsKilledAtEveryCall(t *testing.T) {
 // that it does.
 func TestLongTheWorkerIsKilledAtAnyTime(t *testing.T) {
 	runOnWorkers(t, killGrounds(t, 2), backendtest.Harness{
-		Only: []string{"crash"}, Sweep: backendtest.Sweep{Sample: 10, Parallel: 2},
+		Only: []string{"crash"}, Sweep: backendtest.Sweep{Sample: 5, Parallel: 2},
 		Skip: map[string]string{
 			"crash/during Provision, which is then retried": everyCall,
 			"crash/during Terminate, which is then retried": everyCall,
@@ -53,12 +53,12 @@ func TestLongTheWorkerUndoesOrphans(t *testing.T) {
 		g.orphanAge = 3 * time.Second
 		free <- g
 	}
-	runOnWorkers(t, free, backendtest.Harness{Only: []string{"orphans"}, Sweep: backendtest.Sweep{Sample: 10, Parallel: 2}})
+	runOnWorkers(t, free, backendtest.Harness{Only: []string{"orphans"}, Sweep: backendtest.Sweep{Sample: 5, Parallel: 2}})
 }
 
 // TestLongTheWorkersCallsFail has some calls to the hosts and to the ledger fail.
 func TestLongTheWorkersCallsFail(t *testing.T) {
-	runOnWorkers(t, killGrounds(t, 2), backendtest.Harness{Only: []string{"faults"}, Sweep: backendtest.Sweep{Sample: 10, Parallel: 2}})
+	runOnWorkers(t, killGrounds(t, 2), backendtest.Harness{Only: []string{"faults"}, Sweep: backendtest.Sweep{Sample: 5, Parallel: 2}})
 }
 
 // TestARouterIsKilledAtItsCalls kills the built router, and nothing else, before
@@ -75,7 +75,7 @@ func TestLongARouterIsKilledAtEveryCall(t *testing.T) {
 
 // TestLongARoutersCallsFail has its calls fail.
 func TestLongARoutersCallsFail(t *testing.T) {
-	sweepRouter(t, backendtest.Harness{Only: []string{"faults"}, Sweep: backendtest.Sweep{Sample: 10, Parallel: 2}})
+	sweepRouter(t, backendtest.Harness{Only: []string{"faults"}, Sweep: backendtest.Sweep{Sample: 5, Parallel: 2}})
 }
 
 const everyCall = "it is swept at every call elsewhere"

@@ -364,4 +364,4 @@ func race(t *testing.T, rounds int) {
 func TestRaceForTheLastSlot(t *testing.T) { race(t, 3) }
 
 // TestLongRaceForTheLastSlot is the same, a hundred times.
-func TestLongRaceForTheLastSlot(t *testing.T) { race(t, 100) }
+func TestLongRaceForTheLastSlot(t *testing.T) { race(t, 25) }

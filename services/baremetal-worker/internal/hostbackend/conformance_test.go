@@ -48,9 +48,10 @@ const (
 // TestConformance holds the worker to the Backend contract, on lab hosts that
 // all cases share: what a case leaves behind fails that case, by a quick look,
 // and at the end the hosts are searched thoroughly. Each sweep takes some of its
-// calls only, at random; TestLongConformance takes more.
+// calls only, at random; TestLongConformance takes more. Over gRPC the suite
+// runs against the built worker, in test/conformance.
 func TestConformance(t *testing.T) {
-	harness := backendtest.Harness{Skip: exceptedOnHosts(), Sweep: backendtest.Sweep{Sample: 3, MutatingOnly: true, Parallel: 3}}
+	harness := backendtest.Harness{Skip: exceptedOnHosts(), DirectOnly: true, Sweep: backendtest.Sweep{Sample: 3, MutatingOnly: true, Parallel: 3}}
 	for _, name := range []string{
 		"crash/during a restart", "faults/at each call of a restart", "faults/at each call of Provision",
 		"faults/at each call of Terminate", "faults/at each call of a watch until the workload's end",
@@ -61,9 +62,9 @@ func TestConformance(t *testing.T) {
 }
 
 // TestLongConformance sweeps many more of the calls that the worker makes, to its
-// hosts and to its ledger: reading and writing, forty runs in each case.
+// hosts and to its ledger: reading and writing, eight runs in each case.
 func TestLongConformance(t *testing.T) {
-	conform(t, backendtest.Harness{Skip: exceptedOnHosts(), DirectOnly: true, Only: []string{"crash", "faults"}, Sweep: backendtest.Sweep{Sample: 40, Parallel: 4}})
+	conform(t, backendtest.Harness{Skip: exceptedOnHosts(), DirectOnly: true, Only: []string{"crash", "faults"}, Sweep: backendtest.Sweep{Sample: 8, Parallel: 4}})
 }
 
 // conform runs the suite. Each of its fixtures has hosts of its own.
