@@ -165,10 +165,11 @@ type Journal interface {
 	Open(ctx context.Context) ([]Attempt, error)
 
 	// SaveLog keeps what was read about an instance's end until the final
-	// compute log is written.
+	// compute log is written. A partial account never replaces a full one of
+	// the same attempt.
 	SaveLog(ctx context.Context, log backend.ComputeLog) error
 
-	// SavedLog returns what SaveLog kept last, nil if nothing.
+	// SavedLog returns what SaveLog kept, nil if nothing.
 	SavedLog(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error)
 }
 

@@ -18,9 +18,7 @@ import (
 type journal struct {
 	ledger Ledger
 	signer *signer
-	// sequence orders interim logs; the time in microseconds grows across
-	// restarts without being stored.
-	now func() time.Time
+	now    func() time.Time
 }
 
 var _ Journal = (*journal)(nil)
@@ -91,7 +89,7 @@ func attemptOf(a ledger.Attempt) Attempt {
 // SaveLog implements [Journal].
 func (j *journal) SaveLog(ctx context.Context, log backend.ComputeLog) error {
 	log.Final = false
-	sequence := uint64(max(1, j.now().UnixMicro()))
+	sequence := rank(log, j.now())
 	log.Sequence = 1
 	signed, err := j.signer.sign(log)
 	if err != nil {
@@ -103,9 +101,23 @@ func (j *journal) SaveLog(ctx context.Context, log backend.ComputeLog) error {
 	}
 	err = j.ledger.PutInterim(ctx, ledger.Log{RequestID: ledger.RequestID(log.GrantID), Sequence: sequence, Body: body, KeyID: signed.KeyID})
 	if errors.Is(err, ledger.ErrStale) {
-		return nil // a later one, or the final one, says more
+		return nil // the stored one says more
 	}
 	return ledgerError(err, "save compute log")
+}
+
+// rank orders the interim logs of a grant: that of a later attempt says more,
+// then a full one, then a later one (the time grows across restarts without
+// being stored). The ledger compares ranks as it stores a log, so that two
+// processes that end one grant, a worker and the janitor, keep the best one
+// although neither sees what the other has read.
+func rank(log backend.ComputeLog, now time.Time) uint64 {
+	const timeBits, attemptBits = 53, 9 // 63 in all: the ledger's numbers are signed
+	out := uint64(min(log.Attempt, 1<<attemptBits-1)) << (timeBits + 1)
+	if !log.Partial {
+		out |= 1 << timeBits
+	}
+	return out | uint64(max(1, now.UnixMicro()))
 }
 
 // SavedLog implements [Journal].
