@@ -54,7 +54,7 @@ func Run(ctx context.Context, req Request, in io.Reader, out io.Writer, log *slo
 	if err != nil {
 		return 0, err
 	}
-	if err := os.MkdirAll(filepath.Dir(req.File), 0o711); err != nil { //nolint:gosec // containers' users pass through
+	if err := os.MkdirAll(filepath.Dir(req.File), 0o711); err != nil { // containers' users pass through
 		return 0, err
 	}
 	l := &lease{req: req, servers: []*server{own}, log: log, out: make(chan string, unread)}
@@ -76,7 +76,11 @@ func Run(ctx context.Context, req Request, in io.Reader, out io.Writer, log *slo
 	default:
 		waiting = true
 		go func() {
-			time.Sleep(req.After)
+			select {
+			case <-time.After(req.After):
+			case <-ctx.Done():
+				return
+			}
 			var err error
 			l.file, err = lock(req.File, true)
 			locked <- err
@@ -191,12 +195,12 @@ func lock(name string, wait bool) (*os.File, error) {
 		how |= unix.LOCK_NB
 	}
 	for {
-		file, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600) //nolint:gosec // the worker names it
+		file, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW, 0o600)
 		if err != nil {
 			return nil, err
 		}
 		for err = unix.EINTR; errors.Is(err, unix.EINTR); {
-			err = unix.Flock(int(file.Fd()), how) //nolint:gosec // a descriptor
+			err = unix.Flock(int(file.Fd()), how)
 		}
 		if err != nil {
 			_ = file.Close()
@@ -216,11 +220,11 @@ func lock(name string, wait bool) (*os.File, error) {
 
 // readHolder returns the line in the file, cleaned.
 func readHolder(name string) string {
-	file, err := os.Open(name) //nolint:gosec // the worker names it
+	file, err := os.Open(name)
 	if err != nil {
 		return ""
 	}
-	defer file.Close() //nolint:errcheck // read only
+	defer file.Close()
 	data, err := io.ReadAll(io.LimitReader(file, maxLine))
 	if err != nil {
 		return ""
