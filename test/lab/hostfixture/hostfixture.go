@@ -51,6 +51,7 @@ type Site struct {
 // fixture's grants must be shells that read their standard input, and have
 // NAME=value in their environment.
 func (s *Site) Fill(t testing.TB, f *backendtest.Fixture) {
+	t.Helper()
 	f.Login = logIn
 	f.Leftovers = s.leftovers
 	f.Runs = func(id backend.GrantID) bool {

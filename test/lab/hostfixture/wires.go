@@ -64,6 +64,7 @@ func (w *Wires) Open(t testing.TB, hosts ...*lab.Host) []*hosttap.Tap {
 // Fill has a fixture's faults come by the wires, in place of the site's own. A
 // fault that cuts the worker off is over when the worker can use its hosts again.
 func (w *Wires) Fill(t testing.TB, s *Site, f *backendtest.Fixture) {
+	t.Helper()
 	f.CreatePoint, f.ReadPoint = createPoint, readPoint
 	f.Record, f.Faults = w.record, faultsOf
 	f.Inject = func(fault backendtest.Fault) backendtest.Injection {

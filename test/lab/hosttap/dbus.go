@@ -108,7 +108,8 @@ func (m *message) fields(b []byte, order binary.ByteOrder) error {
 			}
 			at += 4
 		case 's', 'o', 'g':
-			size, width := 0, 4
+			var size int
+			width := 4
 			switch {
 			case kind == 'g' && at < len(b):
 				size, width = int(b[at]), 1
@@ -241,15 +242,15 @@ func errorMessage(replySerial uint32, name, text string) []byte {
 		fields = append(fields, code, 1, kind, 0)
 		fields = append(fields, value...)
 	}
-	str := func(s string) []byte { return append(append(order.AppendUint32(nil, uint32(len(s))), s...), 0) } //nolint:gosec // short
+	str := func(s string) []byte { return append(append(order.AppendUint32(nil, uint32(len(s))), s...), 0) }
 	field(dbusErrorName, 's', str(name))
 	field(dbusReplySerial, 'u', order.AppendUint32(nil, replySerial))
 	field(dbusSender, 's', str("org.freedesktop.DBus"))
 	field(dbusSignature, 'g', []byte{1, 's', 0})
 	body := str(text)
 	out := []byte{'l', dbusError, dbusNoReply, 1}
-	out = order.AppendUint32(out, uint32(len(body))) //nolint:gosec // short
-	out = order.AppendUint32(out, math.MaxUint32)    // a serial that the bus is far from
+	out = order.AppendUint32(out, uint32(len(body)))
+	out = order.AppendUint32(out, math.MaxUint32) // a serial that the bus is far from
 	out = order.AppendUint32(out, uint32(len(fields)))
 	out = append(out, fields...)
 	for len(out)%8 != 0 {

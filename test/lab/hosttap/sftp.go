@@ -201,7 +201,7 @@ func (s *sftp) refuse(id uint32, kind Kind) []byte {
 	body := order.AppendUint32([]byte{sftpStatus}, id)
 	body = order.AppendUint32(body, code)
 	for _, s := range []string{text, ""} {
-		body = append(order.AppendUint32(body, uint32(len(s))), s...) //nolint:gosec // short
+		body = append(order.AppendUint32(body, uint32(len(s))), s...)
 	}
-	return append(order.AppendUint32(nil, uint32(len(body))), body...) //nolint:gosec // short
+	return append(order.AppendUint32(nil, uint32(len(body))), body...)
 }

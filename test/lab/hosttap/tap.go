@@ -147,7 +147,7 @@ func (t *Tap) accept(l net.Listener, serve func(net.Conn)) {
 			return // closed
 		}
 		t.routines.Go(func() {
-			defer conn.Close() //nolint:errcheck // its peer has seen all
+			defer conn.Close()
 			if !t.track(conn) {
 				return
 			}
@@ -181,7 +181,7 @@ func (t *Tap) relay(down net.Conn, target string) {
 	if err != nil {
 		return
 	}
-	defer up.Close() //nolint:errcheck // its peer has seen all
+	defer up.Close()
 	if !t.track(up) {
 		return
 	}

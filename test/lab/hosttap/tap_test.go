@@ -53,6 +53,16 @@ func newTapped(t *testing.T) *tapped {
 
 func (s *tapped) dial() *ssh.Client {
 	s.Helper()
+	client, err := s.dialAs(s.key())
+	if err != nil {
+		s.Fatal(err)
+	}
+	return client
+}
+
+// key is the key that may log in.
+func (s *tapped) key() ssh.Signer {
+	s.Helper()
 	pem, err := os.ReadFile(s.host.UserKeyFile)
 	if err != nil {
 		s.Fatal(err)
@@ -61,6 +71,12 @@ func (s *tapped) dial() *ssh.Client {
 	if err != nil {
 		s.Fatal(err)
 	}
+	return key
+}
+
+// dialAs connects with a key.
+func (s *tapped) dialAs(key ssh.Signer) (*ssh.Client, error) {
+	s.Helper()
 	pinned, _, _, _, err := ssh.ParseAuthorizedKey([]byte(s.tap.HostKeyLine()))
 	if err != nil {
 		s.Fatal(err)
@@ -69,10 +85,10 @@ func (s *tapped) dial() *ssh.Client {
 		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(key)}, HostKeyCallback: ssh.FixedHostKey(pinned), Timeout: patience,
 	})
 	if err != nil {
-		s.Fatal(err)
+		return nil, err
 	}
 	s.Cleanup(func() { _ = client.Close() })
-	return client
+	return client, nil
 }
 
 // run runs a command and returns what it says and its exit code, -1 if the
@@ -165,10 +181,7 @@ func TestTapPinsKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = ssh.Dial("tcp", s.tap.Addr(), &ssh.ClientConfig{
-		User: "root", Auth: []ssh.AuthMethod{ssh.PublicKeys(other)}, HostKeyCallback: ssh.InsecureIgnoreHostKey(), //nolint:gosec // it is refused anyhow
-	})
-	if err == nil {
+	if _, err := s.dialAs(other); err == nil {
 		t.Error("another key may log in")
 	}
 }
@@ -253,7 +266,7 @@ func (f *sftpSession) answer() (packet, error) {
 	if _, err := io.ReadFull(f.out, b); err != nil {
 		return packet{}, err
 	}
-	p, _, err := parsePacket(append(head, b...))
+	p, _, err := parsePacket(slices.Concat(head, b))
 	return p, err
 }
 
@@ -549,7 +562,7 @@ func TestTapLosesAnswersAndKills(t *testing.T) {
 	s.client = s.dial()
 	s.group.Refuse(true)
 	_ = s.client.Wait()
-	if _, err := ssh.Dial("tcp", s.tap.Addr(), &ssh.ClientConfig{HostKeyCallback: ssh.InsecureIgnoreHostKey()}); err == nil { //nolint:gosec // it is refused anyhow
+	if _, err := s.dialAs(s.key()); err == nil {
 		t.Error("a connection is taken although they are refused")
 	}
 	s.group.Refuse(false)

@@ -45,8 +45,10 @@ var connectionFaults = []fault{
 		time.AfterFunc(pause, func() { _ = h.Restore(ctx) })
 		return nil
 	}, func(ctx context.Context, h *lab.Host) error { return h.Restore(ctx) }},
-	{"silent until given up", func(ctx context.Context, h *lab.Host) error { return h.CutOff(ctx) },
-		func(ctx context.Context, h *lab.Host) error { return h.Restore(ctx) }},
+	{
+		"silent until given up", func(ctx context.Context, h *lab.Host) error { return h.CutOff(ctx) },
+		func(ctx context.Context, h *lab.Host) error { return h.Restore(ctx) },
+	},
 	{"sshd restarted", func(ctx context.Context, h *lab.Host) error {
 		_, err := h.Exec(ctx, "systemctl", "restart", "ssh.service")
 		return err
@@ -81,7 +83,7 @@ func TestFaultsInEveryPhaseOfProvision(t *testing.T) {
 						}
 					}
 					if phase == phaseUnit {
-						strike = s.whileUnitStarts(t, g.ID, strike)
+						strike = s.whileUnitStarts(g.ID, strike)
 						s.at(g.ID, phaseStarting, strike)
 					} else {
 						s.at(g.ID, phase, strike)
@@ -128,7 +130,7 @@ const phaseUnit = "unit starting"
 
 // whileUnitStarts has something happen once the unit is there, while the driver
 // waits to hear of it.
-func (s *site) whileUnitStarts(t *testing.T, id backend.GrantID, then func(context.Context)) func(context.Context) {
+func (s *site) whileUnitStarts(id backend.GrantID, then func(context.Context)) func(context.Context) {
 	return func(ctx context.Context) {
 		go func() {
 			unit := names{bridge: s.driver.env.BridgeID, grant: id, attempt: 1}.unit()
@@ -281,7 +283,7 @@ func TestTerminateInEveryPhaseOfProvision(t *testing.T) {
 				<-ctx.Done() // the driver goes on once it is told to end
 			}
 			if phase == phaseUnit {
-				s.at(g.ID, phaseStarting, s.whileUnitStarts(t, g.ID, terminate))
+				s.at(g.ID, phaseStarting, s.whileUnitStarts(g.ID, terminate))
 			} else {
 				s.at(g.ID, phase, terminate)
 			}
@@ -330,7 +332,7 @@ func TestClientGoneInEveryPhaseOfProvision(t *testing.T) {
 			defer cancel()
 			leave := func(ctx context.Context) { cancel(); <-ctx.Done() }
 			if phase == phaseUnit {
-				s.at(g.ID, phaseStarting, s.whileUnitStarts(t, g.ID, leave))
+				s.at(g.ID, phaseStarting, s.whileUnitStarts(g.ID, leave))
 			} else {
 				s.at(g.ID, phase, leave)
 			}

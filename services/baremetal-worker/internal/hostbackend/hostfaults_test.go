@@ -115,8 +115,10 @@ func TestWhatAHostLacksIsItsOwnFault(t *testing.T) {
 	s.terminate(t, s.provision(t, g, e)) // the image is there
 	for _, tt := range []struct{ name, breaks, mends string }{
 		{"podman is gone", "mv /usr/bin/podman /usr/bin/podman.away", "mv /usr/bin/podman.away /usr/bin/podman"},
-		{"mkfs fails", `mv /usr/sbin/mkfs.ext4 /usr/sbin/mkfs.away; printf '#!/bin/sh\necho "mkfs.ext4: no" >&2; exit 1\n' >/usr/sbin/mkfs.ext4; chmod +x /usr/sbin/mkfs.ext4`,
-			"mv /usr/sbin/mkfs.away /usr/sbin/mkfs.ext4"},
+		{
+			"mkfs fails", `mv /usr/sbin/mkfs.ext4 /usr/sbin/mkfs.away; printf '#!/bin/sh\necho "mkfs.ext4: no" >&2; exit 1\n' >/usr/sbin/mkfs.ext4; chmod +x /usr/sbin/mkfs.ext4`,
+			"mv /usr/sbin/mkfs.away /usr/sbin/mkfs.ext4",
+		},
 		{"truncate is gone", "mv /usr/bin/truncate /usr/bin/truncate.away", "mv /usr/bin/truncate.away /usr/bin/truncate"},
 		{"no loop devices", "mkdir /dev/away; mv /dev/loop* /dev/away", "mv /dev/away/* /dev; rmdir /dev/away"},
 		{"nft is gone", "mv /usr/sbin/nft /usr/sbin/nft.away", "mv /usr/sbin/nft.away /usr/sbin/nft"},
@@ -396,12 +398,28 @@ func TestDeadlinesHold(t *testing.T) {
 		}{
 			{"with a worker", func(*testing.T, *site) {}, func(*testing.T, *site) {}},
 			{"with the worker dead", func(_ *testing.T, s *site) { s.stop() }, func(_ *testing.T, s *site) { s.start() }},
-			{"with the network cut",
-				func(t *testing.T, s *site) { must(t, s.hosts[0].CutOff(t.Context())) },
-				func(t *testing.T, s *site) { must(t, s.hosts[0].Restore(t.Context())) }},
-			{"on a full disk",
-				func(t *testing.T, s *site) { must(t, s.hosts[0].FillDisk(t.Context())) },
-				func(t *testing.T, s *site) { must(t, s.hosts[0].FreeDisk(t.Context())) }},
+			{
+				"with the network cut",
+				func(t *testing.T, s *site) {
+					t.Helper()
+					must(t, s.hosts[0].CutOff(t.Context()))
+				},
+				func(t *testing.T, s *site) {
+					t.Helper()
+					must(t, s.hosts[0].Restore(t.Context()))
+				},
+			},
+			{
+				"on a full disk",
+				func(t *testing.T, s *site) {
+					t.Helper()
+					must(t, s.hosts[0].FillDisk(t.Context()))
+				},
+				func(t *testing.T, s *site) {
+					t.Helper()
+					must(t, s.hosts[0].FreeDisk(t.Context()))
+				},
+			},
 		} {
 			t.Run(string(image)+" "+tt.name, func(t *testing.T) {
 				t.Parallel()

@@ -85,7 +85,7 @@ func (c *client) run(command string) string {
 	if err != nil {
 		c.t.Fatal(err)
 	}
-	defer s.Close()
+	defer func() { _ = s.Close() }()
 	out, err := s.Output(command)
 	if err != nil {
 		c.t.Fatal(err)

@@ -274,11 +274,11 @@ func TestForeignPortsAreLeftOutForAWhile(t *testing.T) {
 		if want := []string{"host a: something else has ports of the grants' range: 40000 40002"}; !slices.Equal(problems, want) {
 			t.Errorf("problems %q, want %q", problems, want)
 		}
-		time.Sleep(time.Minute + time.Second)
+		<-time.After(time.Minute + time.Second)
 		if r, err = inv.Reserve(id(2), need(100)); err != nil || r.Ports[0] != 40000 {
 			t.Fatalf("a minute later: %+v, %v", r, err)
 		}
-		time.Sleep(time.Minute)
+		<-time.After(time.Minute)
 		if _, problems = inv.Regions(); len(problems) > 0 {
 			t.Errorf("two minutes later: %q", problems)
 		}

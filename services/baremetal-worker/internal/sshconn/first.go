@@ -19,7 +19,7 @@ import (
 // round. It is one stream, for one user. It ends with the program, which
 // [Stream.Why] then explains, and with the connection.
 func (c *Conn) First(generation uint64) (Stream, error) {
-	l, err := c.current(Ungated(Bind(context.Background(), generation)))
+	l, err := c.usable(true, func(have uint64) bool { return have == generation })
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -112,8 +113,7 @@ func (c *Conn) sessionOn(ctx context.Context, l *link, w *wire) (*session, error
 		return &session{Session: s, done: sync.OnceFunc(func() { l.unreserve(w, time.Now()) })}, nil
 	}
 	l.unreserve(w, time.Time{})
-	var refusal *ssh.OpenChannelError
-	if errors.As(err, &refusal) {
+	if _, refused := errors.AsType[*ssh.OpenChannelError](err); refused {
 		l.refused(w)
 	} else if w != l.wire && ctx.Err() == nil {
 		// It is broken: who tends it notices.
@@ -198,12 +198,7 @@ func (l *link) freesSoon() bool {
 	defer l.sparesMu.Unlock()
 	now := time.Now()
 	soon := func(w *wire) bool { return now.Sub(w.endedAt) <= lateFree && w.room(w.retryAt) }
-	for _, w := range l.spares {
-		if soon(w) {
-			return true
-		}
-	}
-	return soon(l.wire)
+	return slices.ContainsFunc(l.spares, soon) || soon(l.wire)
 }
 
 func (l *link) countSpares() int {
@@ -305,16 +300,16 @@ func (c *Conn) admit(ctx context.Context, l *link, w *wire) error {
 		return errors.New("connection lost")
 	}
 	l.spareErr = nil
-	l.sparesGroup.Go(func() { c.tend(l, w) })
+	l.sparesGroup.Go(func() { c.tend(context.WithoutCancel(ctx), l, w) })
 	l.sparesMu.Unlock()
 	c.log.InfoContext(ctx, "Opened a spare connection: the host's sshd allows few sessions on each", "generation", l.generation, "spares", count)
 	return nil
 }
 
 // tend keeps a spare connection alive until it is lost, idle for long, or the
-// main one has ended.
-func (c *Conn) tend(l *link, w *wire) {
-	ctx, cancel := context.WithCancel(context.Background())
+// main one has ended. It outlives the call that needed it.
+func (c *Conn) tend(ctx context.Context, l *link, w *wire) {
+	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	lost := make(chan error, 1)
 	go func() { lost <- w.client.Wait() }()
@@ -339,7 +334,7 @@ func (c *Conn) tend(l *link, w *wire) {
 	err := c.keepAlive(ctx, w, lost)
 	_ = w.transport.Close()
 	if l.dropSpare(w) {
-		c.log.Info("Lost a spare connection to host", "error", err)
+		c.log.InfoContext(ctx, "Lost a spare connection to host", "error", err)
 	}
 }
 

@@ -309,12 +309,18 @@ func (c *Conn) Wait(ctx context.Context) error {
 
 // current returns the connection, or why there is none that ctx may use.
 func (c *Conn) current(ctx context.Context) (*link, error) {
+	return c.usable(isUngated(ctx), func(generation uint64) bool { return isBound(ctx, generation) })
+}
+
+// usable returns the connection if it is of a generation that suits, and open to
+// everything or asked for by who needs no such leave.
+func (c *Conn) usable(ungated bool, suits func(generation uint64) bool) (*link, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
-	case c.link != nil && c.link.closed && !isUngated(ctx):
+	case c.link != nil && c.link.closed && !ungated:
 		return nil, backenderr.New(backenderr.ProviderUnavailable, "host %s: the connection may not be used", c.cfg.Name)
-	case c.link != nil && !isBound(ctx, c.link.generation):
+	case c.link != nil && !suits(c.link.generation):
 		return nil, backenderr.New(backenderr.ProviderUnavailable, "host %s: connection lost, and made again meanwhile", c.cfg.Name)
 	case c.link != nil:
 		return c.link, nil
