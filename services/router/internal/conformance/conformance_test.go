@@ -35,10 +35,22 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // A router is a backend: it is held to the same contract, by the same suite,
 // with a real worker runtime behind it, and before that in order a backend that
 // never takes anything.
+//
+// Every call of a worker is swept where the worker is tested; here a few are,
+// and more of them in TestLongAFleetSurvivesCrashesAndFaults.
 func TestAFleetHonoursTheContract(t *testing.T) {
-	backendtest.Run(t, backendtest.Harness{
-		// Every call is swept where the worker is tested.
-		Sweep: backendtest.Sweep{Sample: 12, Parallel: 4},
+	backendtest.Run(t, fleetHarness(backendtest.Sweep{Sample: 2, Parallel: 4}))
+}
+
+func TestLongAFleetSurvivesCrashesAndFaults(t *testing.T) {
+	h := fleetHarness(backendtest.Sweep{Sample: 12, Parallel: 4})
+	h.Only = []string{"crash", "faults"}
+	backendtest.Run(t, h)
+}
+
+func fleetHarness(sweep backendtest.Sweep) backendtest.Harness {
+	return backendtest.Harness{
+		Sweep: sweep,
 		Open: func(t testing.TB) *backendtest.Fixture {
 			t.Helper()
 			return openSite(t).fixture(t)
@@ -51,7 +63,7 @@ func TestAFleetHonoursTheContract(t *testing.T) {
 			"errors/clean-up that isn't confirmed is unknown": "a router asks the same backend again, " +
 				"which then finds what it had lost, so that Provision succeeds",
 		},
-	})
+	}
 }
 
 // site is a worker on a fake provider, with a router before it.
