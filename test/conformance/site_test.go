@@ -266,7 +266,11 @@ func (b *bridge) start(ctx context.Context) (backend.Backend, error) {
 		dir := b.Path("certs", identity[0])
 		conn, err := grpcx.Dial(grpcx.ClientConfig{Target: "passthrough:///" + addr}, grpcx.TLSConfig{
 			CertFile: config.Path(filepath.Join(dir, "cert.pem")), KeyFile: config.Path(filepath.Join(dir, "key.pem")), CAFile: config.Path(filepath.Join(dir, "ca.pem")),
-		}, grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, MaxDelay: 100 * time.Millisecond, Multiplier: 2}}))
+		}, grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, MaxDelay: 100 * time.Millisecond, Multiplier: 2},
+			// Zero would leave a handshake no longer than the pause before it.
+			MinConnectTimeout: 10 * time.Second,
+		}))
 		if err != nil {
 			return nil, err
 		}

@@ -45,26 +45,14 @@ const (
 	suiteOrphanAge     = 5 * time.Second
 )
 
-// TestConformance holds the worker to the Backend contract, on lab hosts that
+// TestLongConformance holds the driver to the Backend contract, on lab hosts that
 // all cases share: what a case leaves behind fails that case, by a quick look,
-// and at the end the hosts are searched thoroughly. Each sweep takes some of its
-// calls only, at random; TestLongConformance takes more. Over gRPC the suite
-// runs against the built worker, in test/conformance.
-func TestConformance(t *testing.T) {
-	harness := backendtest.Harness{Skip: exceptedOnHosts(), DirectOnly: true, Sweep: backendtest.Sweep{Sample: 3, MutatingOnly: true, Parallel: 3}}
-	for _, name := range []string{
-		"crash/during a restart", "faults/at each call of a restart", "faults/at each call of Provision",
-		"faults/at each call of Terminate", "faults/at each call of a watch until the workload's end",
-	} {
-		harness.Skip[name] = "it takes minutes, and TestLongConformance has it; the errors cases have faults, too"
-	}
-	conform(t, harness)
-}
-
-// TestLongConformance sweeps many more of the calls that the worker makes, to its
-// hosts and to its ledger: reading and writing, eight runs in each case.
+// and at the end the hosts are searched thoroughly. Each sweep takes some of the
+// calls that the worker makes to its hosts and to its ledger, at random. The
+// short tests have the same suite, over gRPC, for the built worker: see
+// test/conformance.
 func TestLongConformance(t *testing.T) {
-	conform(t, backendtest.Harness{Skip: exceptedOnHosts(), DirectOnly: true, Only: []string{"crash", "faults"}, Sweep: backendtest.Sweep{Sample: 8, Parallel: 4}})
+	conform(t, backendtest.Harness{Skip: exceptedOnHosts(), DirectOnly: true, Sweep: backendtest.Sweep{Sample: 6, Parallel: 4}})
 }
 
 // conform runs the suite. Each of its fixtures has hosts of its own.
