@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/config"
@@ -59,7 +60,23 @@ type ServerConfig struct {
 	Listen  []ListenConfig `toml:"listen"`
 	TLS     TLSConfig      `toml:"tls"`
 	Clients []ClientEntry  `toml:"client"`
+	// MaxConnectionAge is how long a connection lives before the client has to
+	// make a new one, which spreads clients over replicas that were added later;
+	// zero: [DefaultMaxConnectionAge]. Watches survive it: clients attach again.
+	MaxConnectionAge config.Duration `toml:"max_connection_age"`
+	// MaxConnectionAgeGrace is how long calls under way on a connection that is
+	// past its age may go on before they are cut off: longer than a Provision
+	// takes. Zero: [DefaultMaxConnectionAgeGrace].
+	MaxConnectionAgeGrace config.Duration `toml:"max_connection_age_grace"`
 }
+
+// Limits of connections that the configuration doesn't set.
+const (
+	DefaultMaxConnectionAge      = 30 * time.Minute
+	DefaultMaxConnectionAgeGrace = 5 * time.Minute
+	// minConnectionAge leaves a connection some time for calls.
+	minConnectionAge = 100 * time.Millisecond
+)
 
 // ClientConfig is how to reach a server.
 type ClientConfig struct {
@@ -136,6 +153,12 @@ func (c ServerConfig) Validate() error {
 	}
 	if needTLS {
 		errs = append(errs, c.TLS.Validate("tls"))
+	}
+	if age := c.MaxConnectionAge.Duration; age != 0 && age < minConnectionAge {
+		errs = append(errs, fmt.Errorf("max_connection_age: %s is too short, want at least %s", age, minConnectionAge))
+	}
+	if grace := c.MaxConnectionAgeGrace.Duration; grace < 0 {
+		errs = append(errs, fmt.Errorf("max_connection_age_grace: %s is negative", grace))
 	}
 	if len(c.Clients) == 0 {
 		errs = append(errs, errors.New("client: no [[client]] section; nobody could call"))

@@ -3,6 +3,7 @@ package grpcx
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/config"
 )
@@ -41,6 +42,8 @@ func TestServerConfigNamesWhatIsWrong(t *testing.T) {
 		"file isn't there":    {func(c *ServerConfig) { c.TLS.KeyFile += "x" }, "tls.key_file: "},
 		"key of another":      {func(c *ServerConfig) { c.TLS.KeyFile = other.KeyFile }, "tls.cert_file"},
 		"CA that is no cert":  {func(c *ServerConfig) { c.TLS.CAFile = c.TLS.KeyFile }, "tls.ca_file"},
+		"age too short":       {func(c *ServerConfig) { c.MaxConnectionAge.Duration = time.Millisecond }, "max_connection_age: "},
+		"negative grace":      {func(c *ServerConfig) { c.MaxConnectionAgeGrace.Duration = -1 }, "max_connection_age_grace: "},
 		"cert that is no PEM": {func(c *ServerConfig) { c.TLS.CertFile = config.Path(t.TempDir()) }, "tls.cert_file"},
 	} {
 		c2 := valid()

@@ -1,6 +1,7 @@
 package grpcx
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,10 +44,6 @@ const (
 	// minClientPing is the fastest ping that a client may send; gRPC's default
 	// of 5 min would answer our own clients with GOAWAY.
 	minClientPing = 10 * time.Second
-	// maxConnectionAge spreads clients over replicas that were added later.
-	// Watches survive it: clients attach again.
-	maxConnectionAge      = 30 * time.Minute
-	maxConnectionAgeGrace = 5 * time.Minute
 )
 
 // Server is a gRPC server with the bridge's interceptors, health and
@@ -117,7 +114,8 @@ func NewServer(c ServerConfig, log *slog.Logger, metrics prometheus.Registerer) 
 		grpc.MaxRecvMsgSize(maxRequestBytes),
 		grpc.KeepaliveParams(keepalive.ServerParameters{
 			Time: keepaliveTime, Timeout: keepaliveTimeout,
-			MaxConnectionAge: maxConnectionAge, MaxConnectionAgeGrace: maxConnectionAgeGrace,
+			MaxConnectionAge:      cmp.Or(c.MaxConnectionAge.Duration, DefaultMaxConnectionAge),
+			MaxConnectionAgeGrace: cmp.Or(c.MaxConnectionAgeGrace.Duration, DefaultMaxConnectionAgeGrace),
 		}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: minClientPing, PermitWithoutStream: true}),
 		grpc.UnknownServiceHandler(func(_ any, stream grpc.ServerStream) error {

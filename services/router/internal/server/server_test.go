@@ -85,20 +85,24 @@ type machine struct {
 	secret        redact.Secret
 	files         grpcx.TLSConfig
 	clients       []grpcx.ClientEntry // beside the router
+	age, grace    time.Duration       // of connections; zero: the defaults
+	metrics       *prometheus.Registry
 }
 
-func (s *site) machine(t *testing.T, name string, grants int64) *machine {
+func (s *site) machine(t *testing.T, name string, grants int64, changes ...func(*backendfake.Options)) *machine {
 	t.Helper()
+	options := backendfake.Options{Hosts: []backendfake.Host{{Name: "host", Region: backend.Region(name), Capacity: shape.Times(grants)}}}
+	for _, change := range changes {
+		change(&options)
+	}
 	secret := make([]byte, 32)
 	if _, err := rand.Read(secret); err != nil {
 		t.Fatal(err)
 	}
 	m := &machine{
 		name: name, address: freeAddress(t), ledger: filepath.Join(t.TempDir(), name+".db"), secret: redact.New(secret),
-		files: s.ca.identity(t, name, "spiffe://test/"+name),
-		provider: backendfake.NewProvider(backendfake.Options{
-			Hosts: []backendfake.Host{{Name: "host", Region: backend.Region(name), Capacity: shape.Times(grants)}},
-		}),
+		files:    s.ca.identity(t, name, "spiffe://test/"+name),
+		provider: backendfake.NewProvider(options),
 	}
 	t.Cleanup(m.provider.Close)
 	return m
@@ -108,13 +112,15 @@ func (s *site) machine(t *testing.T, name string, grants int64) *machine {
 func (m *machine) start(t *testing.T) (stop func()) {
 	t.Helper()
 	ready := make(chan struct{})
+	m.metrics = prometheus.NewRegistry()
+	metrics := m.metrics
 	stop = process(t, func(ctx context.Context) (failure error) {
 		store, err := ledger.Open(ctx, ledger.Config{Path: m.ledger})
 		if err != nil {
 			return err
 		}
 		defer func() { failure = errors.Join(failure, store.Close()) }()
-		log, metrics := slog.New(slog.DiscardHandler), prometheus.NewRegistry()
+		log := slog.New(slog.DiscardHandler)
 		runtime, err := worker.NewRuntime(worker.RuntimeConfig{
 			BridgeID: "test", Backend: m.name, Ledger: store, Secret: m.secret, Log: log, Metrics: metrics,
 		})
@@ -127,7 +133,8 @@ func (m *machine) start(t *testing.T) (stop func()) {
 		defer runtime.Close()
 		s, err := grpcx.NewServer(grpcx.ServerConfig{
 			Listen: []grpcx.ListenConfig{{Address: m.address}}, TLS: m.files,
-			Clients: append([]grpcx.ClientEntry{{Identity: routerIdentity, Role: "reader", Router: true}}, m.clients...),
+			Clients:          append([]grpcx.ClientEntry{{Identity: routerIdentity, Role: "reader", Router: true}}, m.clients...),
+			MaxConnectionAge: config.Duration{Duration: m.age}, MaxConnectionAgeGrace: config.Duration{Duration: m.grace},
 		}, log, metrics)
 		if err != nil {
 			return err
@@ -375,6 +382,27 @@ func TestGrantsThroughTheRouter(t *testing.T) {
 	}
 }
 
+// metrics returns what a router serves to Prometheus.
+func metrics(t *testing.T, c server.Config) string {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+c.MetricsAddress+"/metrics", http.NoBody)
+	if err != nil {
+		t.Fatal(err)
+	}
+	transport := &http.Transport{}
+	defer transport.CloseIdleConnections()
+	res, err := (&http.Client{Transport: transport}).Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	text, err := io.ReadAll(res.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
 func TestTheRouterTellsWhatItStandsFor(t *testing.T) {
 	s := newSite(t)
 	east, west := s.machine(t, "east", 4), s.machine(t, "west", 2)
@@ -418,31 +446,12 @@ func TestTheRouterTellsWhatItStandsFor(t *testing.T) {
 	if diff := cmp.Diff([]bridgev1.BackendHealth{serving, serving}, health()); diff != "" {
 		t.Errorf("health (-want +got):\n%s", diff)
 	}
-	metrics := func() string {
-		t.Helper()
-		req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+c.MetricsAddress+"/metrics", http.NoBody)
-		if err != nil {
-			t.Fatal(err)
-		}
-		transport := &http.Transport{}
-		defer transport.CloseIdleConnections()
-		res, err := (&http.Client{Transport: transport}).Do(req)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer res.Body.Close()
-		text, err := io.ReadAll(res.Body)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return string(text)
-	}
-	if text := metrics(); !strings.Contains(text, `computebridge_backend_takes_grants{backend="west"} 1`) || !strings.Contains(text, "grpc_server_handled_total") {
+	if text := metrics(t, c); !strings.Contains(text, `computebridge_backend_takes_grants{backend="west"} 1`) || !strings.Contains(text, "grpc_server_handled_total") {
 		t.Errorf("metrics are:\n%s", text)
 	}
 	stopWest()
 	eventually(t, "the loss is seen", func() bool { return cmp.Equal(health(), []bridgev1.BackendHealth{serving, gone}) })
-	if text := metrics(); !strings.Contains(text, `computebridge_backend_takes_grants{backend="west"} 0`) {
+	if text := metrics(t, c); !strings.Contains(text, `computebridge_backend_takes_grants{backend="west"} 0`) {
 		t.Errorf("metrics after the loss are:\n%s", text)
 	}
 	// What is lost keeps its place in the union, with nothing free.

@@ -1,6 +1,7 @@
 package workers
 
 import (
+	"bytes"
 	"context"
 	"log/slog"
 	"time"
@@ -49,6 +50,7 @@ func (r *replicated) Terminate(ctx context.Context, handle backend.Handle) (t ba
 // the replica that has the instance now, or at the same one when it is back.
 func (r *replicated) WatchUntilExit(ctx context.Context, handle backend.Handle, emit func(backend.Event) error) error {
 	var last backend.Instance
+	var usage []byte
 	var emitted error
 	attached := false
 	var deadline time.Time
@@ -62,6 +64,11 @@ func (r *replicated) WatchUntilExit(ctx context.Context, handle backend.Handle, 
 				return nil
 			} else if i != nil {
 				last = *i
+			}
+			if u := e.Usage; u != nil && attached && len(u.Body) > 0 && bytes.Equal(u.Body, usage) {
+				return nil
+			} else if u != nil {
+				usage = u.Body
 			}
 			attached = true
 			emitted = emit(e)

@@ -107,12 +107,13 @@ func (w *Worker) Observe() fleet.Observation {
 }
 
 // Watch watches over the backend until ctx ends: it reads capabilities at the
-// interval, and at once when the backend's health changes. The first reading is
-// done when ready is closed.
+// interval, and at once when the backend's health changes or the connection is
+// lost or there again. ready is called after each reading.
 func (w *Worker) Watch(ctx context.Context, ready func()) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	wg.Go(func() { w.watchHealth(ctx) })
+	wg.Go(func() { w.watchConnection(ctx) })
 	ticker := time.NewTicker(w.config.PollInterval)
 	defer ticker.Stop()
 	for {
@@ -234,6 +235,21 @@ func (w *Worker) setRefusing(refusing bool) {
 	w.mu.Lock()
 	w.refusing = refusing
 	w.mu.Unlock()
+	w.look()
+}
+
+// watchConnection has the backend looked at when it goes and when it comes back,
+// perhaps as another one, until ctx ends.
+func (w *Worker) watchConnection(ctx context.Context) {
+	for state := w.conn.GetState(); w.conn.WaitForStateChange(ctx, state); {
+		if state = w.conn.GetState(); state == connectivity.Ready || state == connectivity.TransientFailure {
+			w.look()
+		}
+	}
+}
+
+// look has the backend looked at soon.
+func (w *Worker) look() {
 	select {
 	case w.changed <- struct{}{}:
 	default: // It is due already.

@@ -237,6 +237,29 @@ func TestALostBackendKeepsItsLastKnownValueAndComesBack(t *testing.T) {
 	})
 }
 
+// Nothing but the connection tells of it here: the next poll is far away.
+func TestABackendThatComesBackAsAnotherIsReadAtOnce(t *testing.T) {
+	r := newRemote(t)
+	stop := r.start(t)
+	c := r.fast("a")
+	c.PollInterval = time.Hour
+	w := dial(t, c)
+	<-watch(t, w)
+	if got := w.Observe().Capabilities.Regions; len(got) != 1 || got[0].Region != "here" {
+		t.Fatalf("regions at first: %+v", got)
+	}
+	stop()
+	eventually(t, "the loss is seen", func() bool { return w.Observe().LastError != "" })
+	r.mu.Lock()
+	r.regions = []backend.RegionCapabilities{{Region: "there", Total: backend.Shape{CPU: 8000}}, {Region: "yonder"}}
+	r.mu.Unlock()
+	r.start(t)
+	eventually(t, "it is read again", func() bool {
+		o := w.Observe()
+		return o.LastError == "" && len(o.Capabilities.Regions) == 2 && o.Capabilities.Regions[0].Total.CPU == 8000
+	})
+}
+
 func TestAHungBackendDelaysNoOther(t *testing.T) {
 	hung, well := newRemote(t), newRemote(t)
 	hung.hang = make(chan struct{})
