@@ -63,25 +63,6 @@ func (c *client) Provision(ctx context.Context, grant backend.Grant, envelope ba
 	return p, nil
 }
 
-// wrongAnswer says what is wrong with a backend's answer for a grant, "" if
-// nothing. An answer for another grant, or one that nobody can log in by without
-// trust on first use, must not be passed on; what exists is unknown then.
-func wrongAnswer(id backend.GrantID, p backend.Provisioned) string {
-	switch named, err := p.Instance.Handle.GrantID(); {
-	case err != nil:
-		return "a handle that names no grant"
-	case named != id:
-		return "the handle of another grant"
-	case p.Instance.GrantID != id:
-		return "the instance of another grant"
-	case p.Receipt.GrantID != id:
-		return "the receipt of another grant"
-	case p.Receipt.HostKey == "":
-		return "a receipt without a host key"
-	}
-	return ""
-}
-
 func (c *client) WatchUntilExit(ctx context.Context, handle backend.Handle, emit func(backend.Event) error) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -96,6 +77,9 @@ func (c *client) WatchUntilExit(ctx context.Context, handle backend.Handle, emit
 		}
 		if err != nil {
 			return clientError(ctx, err)
+		}
+		if wrong := wrongEvent(handle, res); wrong != "" {
+			return backenderr.New(backenderr.Unknown, "backend told a watch of %s", wrong)
 		}
 		event := EventFromProto(res)
 		if err := emit(event); err != nil {
@@ -115,6 +99,9 @@ func (c *client) Terminate(ctx context.Context, handle backend.Handle) (backend.
 	state := backend.State(res.GetState())
 	if state != backend.StateTerminating && state != backend.StateTerminated {
 		return backend.Termination{}, backenderr.New(backenderr.Unknown, "backend answered Terminate with state %v", res.GetState())
+	}
+	if wrong := wrongLog(handle, res.GetComputeLog()); wrong != "" {
+		return backend.Termination{}, backenderr.New(backenderr.Unknown, "backend answered Terminate with %s", wrong)
 	}
 	return backend.Termination{State: state, Log: SignedLogFromProto(res.GetComputeLog())}, nil
 }

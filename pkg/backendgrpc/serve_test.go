@@ -11,11 +11,13 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"go.uber.org/goleak"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
@@ -109,7 +111,7 @@ func TestCallsCarryEverything(t *testing.T) {
 	same(t, s.caps, caps)
 	grant, envelope := filled[backend.Grant](r), filled[backend.Envelope](r)
 	s.provisioned.Instance.Handle = backend.HandleFor(grant.ID).Via("site")
-	s.provisioned.Instance.GrantID, s.provisioned.Receipt.GrantID = grant.ID, grant.ID
+	s.provisioned.Instance.GrantID, s.provisioned.Receipt.GrantID, s.provisioned.Instance.State = grant.ID, grant.ID, backend.StateReady
 	if got, err := client.CanSatisfy(ctx, grant); err != nil || got != (backend.Satisfaction{Reason: "too big"}) {
 		t.Errorf("CanSatisfy: %+v, %v", got, err)
 	}
@@ -278,9 +280,18 @@ func TestAnswersForSomethingElseAreRefused(t *testing.T) {
 		}
 	}
 	for name, change := range map[string]func(*backend.Provisioned){
-		"":                              func(*backend.Provisioned) {},
-		"a handle that names no grant":  func(p *backend.Provisioned) { p.Instance.Handle = "site/nothing" },
-		"the handle of another grant":   func(p *backend.Provisioned) { p.Instance.Handle = backend.HandleFor(other).Via("site") },
+		"":                             func(*backend.Provisioned) {},
+		"a handle that names no grant": func(p *backend.Provisioned) { p.Instance.Handle = "site/nothing" },
+		"the handle of another grant":  func(p *backend.Provisioned) { p.Instance.Handle = backend.HandleFor(other).Via("site") },
+		"a handle whose path leads nowhere": func(p *backend.Provisioned) {
+			p.Instance.Handle = backend.HandleFor(id).Via("../etc")
+		},
+		"leads nowhere": func(p *backend.Provisioned) {
+			for range backend.MaxHops {
+				p.Instance.Handle = p.Instance.Handle.Via("round")
+			}
+		},
+		"in a state that there is not":  func(p *backend.Provisioned) { p.Instance.State = 99 },
 		"the instance of another grant": func(p *backend.Provisioned) { p.Instance.GrantID = other },
 		"the receipt of another grant":  func(p *backend.Provisioned) { p.Receipt.GrantID = other },
 		"a receipt without a host key":  func(p *backend.Provisioned) { p.Receipt.HostKey = "" },
@@ -301,6 +312,140 @@ func TestAnswersForSomethingElseAreRefused(t *testing.T) {
 		}
 		if p.Instance.Handle != "" || p.Receipt.Host != "" {
 			t.Errorf("%s was passed on: %+v", name, p)
+		}
+	}
+}
+
+// A watch tells of its own grant only, and nothing that is not so; and an end is
+// no end with another grant's log.
+func TestNewsOfSomethingElseIsRefused(t *testing.T) {
+	t.Parallel()
+	id, other := backend.GrantID{1}, backend.GrantID{2}
+	signed := func(id, inside backend.GrantID) *backend.SignedLog {
+		log := backend.ComputeLog{GrantID: inside, Final: true}
+		body, err := proto.Marshal(backendgrpc.LogToProto(log))
+		if err != nil {
+			t.Fatal(err)
+		}
+		log.GrantID = id
+		return &backend.SignedLog{Log: log, Body: body, KeyID: "k", Signature: []byte("s")}
+	}
+	instance := func(change func(*backend.Instance)) backend.Event {
+		i := backend.Instance{Handle: backend.HandleFor(id), GrantID: id, State: backend.StateReady}
+		change(&i)
+		return backend.Event{Instance: &i}
+	}
+	unreadable := signed(id, id)
+	unreadable.Body = []byte{0xff}
+	for _, c := range []struct {
+		event backend.Event
+		want  string // "": it is right
+	}{
+		{instance(func(*backend.Instance) {}), ""},
+		{backend.Event{Usage: signed(id, id)}, ""},
+		{instance(func(i *backend.Instance) { i.GrantID = other }), "the instance of another grant"},
+		{instance(func(i *backend.Instance) { i.Handle = backend.HandleFor(other) }), "the handle of another grant"},
+		{instance(func(i *backend.Instance) { i.Handle = backend.HandleFor(id).Via("No Name") }), "a handle whose path leads nowhere"},
+		{instance(func(i *backend.Instance) { i.State = 77 }), "an instance in a state that there is not"},
+		{instance(func(i *backend.Instance) { i.State = 0 }), "an instance in a state that there is not"},
+		{backend.Event{Usage: signed(other, other)}, "the compute log of another grant"},
+		{backend.Event{Log: signed(other, other)}, "the compute log of another grant"},
+		{backend.Event{Log: signed(id, other)}, "a compute log that is signed for another grant"},
+		{backend.Event{Log: unreadable}, "a compute log that can't be read"},
+	} {
+		s := &scripted{watch: func(_ context.Context, emit func(backend.Event) error) error {
+			if err := emit(c.event); err != nil {
+				return err
+			}
+			return emit(backend.Event{Log: signed(id, id)})
+		}, termination: backend.Termination{State: backend.StateTerminated, Log: c.event.Log}}
+		client, _ := serve(t, backendgrpc.NewServer(s))
+		passed := 0
+		err := client.WatchUntilExit(t.Context(), backend.HandleFor(id).Via("site"), func(backend.Event) error {
+			passed++
+			return nil
+		})
+		if c.want == "" {
+			if err != nil || passed != 2 {
+				t.Errorf("what is right: %d events, %v", passed, err)
+			}
+			continue
+		}
+		if !backenderr.Is(err, backenderr.Unknown) || backenderr.CreatedOf(err) != backenderr.CreatedUnknown || !strings.Contains(err.Error(), c.want) || passed != 0 {
+			t.Errorf("%s: %d events were passed on, %v", c.want, passed, err)
+		}
+		if c.event.Log == nil {
+			continue
+		}
+		got, err := client.Terminate(t.Context(), backend.HandleFor(id))
+		if !backenderr.Is(err, backenderr.Unknown) || !strings.Contains(err.Error(), c.want) || got.State != 0 {
+			t.Errorf("Terminate with %s: %+v, %v", c.want, got, err)
+		}
+	}
+}
+
+// foreign answers with statuses as proxies and strange servers make them.
+type foreign struct {
+	bridgev1.UnimplementedBackendServiceServer
+	err      error
+	response *bridgev1.ProvisionResponse
+}
+
+func (f *foreign) Provision(context.Context, *bridgev1.ProvisionRequest) (*bridgev1.ProvisionResponse, error) {
+	return f.response, f.err
+}
+
+func (f *foreign) Terminate(context.Context, *bridgev1.TerminateRequest) (*bridgev1.TerminateResponse, error) {
+	return nil, f.err
+}
+
+func (f *foreign) WatchUntilExit(_ *bridgev1.WatchUntilExitRequest, stream grpc.ServerStreamingServer[bridgev1.WatchUntilExitResponse]) error {
+	if f.response == nil {
+		return f.err
+	}
+	return stream.Send(&bridgev1.WatchUntilExitResponse{Event: &bridgev1.WatchUntilExitResponse_Instance{Instance: f.response.GetInstance()}})
+}
+
+// Whatever isn't the bridge's own word leaves open what exists: most of all a
+// "created=none" of somebody else.
+func TestForeignAnswersLeaveOpenWhatExists(t *testing.T) {
+	t.Parallel()
+	info := func(domain, reason string) error {
+		st, err := status.New(codes.FailedPrecondition, "no room").WithDetails(&errdetails.ErrorInfo{
+			Domain: domain, Reason: reason, Metadata: map[string]string{"created": "none"},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Err()
+	}
+	id := backend.GrantID{1}
+	for what, c := range map[string]struct {
+		f    *foreign
+		want backenderr.Reason
+	}{
+		"no ErrorInfo":                {&foreign{err: status.Error(codes.ResourceExhausted, "x")}, backenderr.Unknown},
+		"another domain's ErrorInfo":  {&foreign{err: info("googleapis.com", "CAPACITY_EXHAUSTED")}, backenderr.Unknown},
+		"a proxy's 503":               {&foreign{err: status.Error(codes.Unavailable, "upstream connect error")}, backenderr.BackendUnreachable},
+		"a code that there is not":    {&foreign{err: status.Error(99, "x")}, backenderr.Unknown},
+		"an answer of 5 MiB":          {&foreign{response: &bridgev1.ProvisionResponse{Instance: &bridgev1.Instance{Progress: strings.Repeat("x", 5<<20)}}}, backenderr.Unknown},
+		"a name that is not UTF-8":    {&foreign{response: &bridgev1.ProvisionResponse{Instance: &bridgev1.Instance{Progress: "\xff"}}}, backenderr.Unknown},
+		"nothing but an empty answer": {&foreign{response: &bridgev1.ProvisionResponse{}}, backenderr.Unknown},
+	} {
+		client, _ := serve(t, c.f)
+		_, provision := client.Provision(t.Context(), backend.Grant{ID: id}, backend.Envelope{})
+		watch := client.WatchUntilExit(t.Context(), backend.HandleFor(id), func(e backend.Event) error {
+			t.Errorf("%s: passed on %+v", what, e)
+			return nil
+		})
+		errs := map[string]error{"Provision": provision, "WatchUntilExit": watch}
+		if c.f.err != nil {
+			_, errs["Terminate"] = client.Terminate(t.Context(), backend.HandleFor(id))
+		}
+		for method, err := range errs {
+			if !backenderr.Is(err, c.want) || backenderr.CreatedOf(err) != backenderr.CreatedUnknown || backend.RefusedFence(err) != 0 {
+				t.Errorf("%s: %s answers %v, %s, created=%s", what, method, err, backenderr.ReasonOf(err), backenderr.CreatedOf(err))
+			}
 		}
 	}
 }

@@ -3,8 +3,12 @@ package workers
 import (
 	"bytes"
 	"context"
+	"errors"
 	"log/slog"
 	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
@@ -26,6 +30,8 @@ type replicated struct {
 	backend.Backend
 
 	log *slog.Logger
+	// down reports whether the backend can't be reached now.
+	down func() bool
 }
 
 // Provision implements [backend.Backend].
@@ -74,9 +80,10 @@ func (r *replicated) WatchUntilExit(ctx context.Context, handle backend.Handle, 
 			emitted = emit(e)
 			return emitted
 		})
-		// A backend that was never reached is no broken watch.
+		// A backend that was never reached is no broken watch. One whose connection
+		// ended, of age perhaps, before the first event came, was reached.
 		other := backenderr.Is(err, backenderr.OtherReplica)
-		broke := attached && backenderr.Is(err, backenderr.BackendUnreachable, backenderr.ProviderUnavailable)
+		broke := backenderr.Is(err, backenderr.BackendUnreachable, backenderr.ProviderUnavailable) && (attached || (cutOff(err) && !r.down()))
 		if err == nil || emitted != nil || ctx.Err() != nil || (!other && !broke) {
 			return err
 		}
@@ -88,6 +95,13 @@ func (r *replicated) WatchUntilExit(ctx context.Context, handle backend.Handle, 
 			return err
 		}
 	}
+}
+
+// cutOff reports whether gRPC itself says that the backend is not available,
+// rather than a process with the bridge's words.
+func cutOff(err error) bool {
+	cause := errors.Unwrap(backenderr.From(err))
+	return cause != nil && status.Code(cause) == codes.Unavailable
 }
 
 // ask repeats a call while the replica that got it isn't the one that must act.

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
@@ -113,6 +115,22 @@ func TestABrokenWatchGoesOnElsewhere(t *testing.T) {
 		if err := r.WatchUntilExit(t.Context(), "", func(backend.Event) error { return nil }); !backenderr.Is(err, backenderr.BackendUnreachable) || time.Since(began) > 0 {
 			t.Errorf("%v after %s", err, time.Since(began))
 		}
+		// One whose connection ends before the first event is asked again while it
+		// can be reached.
+		ended := func(func(backend.Event) error) error {
+			return backenderr.From(status.Error(codes.Unavailable, "received prior goaway"))
+		}
+		s.script, s.calls = script{ended, ended, fails("", backend.StateReady)}, 0
+		down := true
+		r.down = func() bool { return down }
+		if err := r.WatchUntilExit(t.Context(), "", func(backend.Event) error { return nil }); !backenderr.Is(err, backenderr.BackendUnreachable) || s.calls != 1 {
+			t.Errorf("%v after %d calls", err, s.calls)
+		}
+		s.calls, down = 0, false
+		if err := r.WatchUntilExit(t.Context(), "", func(backend.Event) error { return nil }); err != nil || s.calls != 3 {
+			t.Errorf("%v after %d calls", err, s.calls)
+		}
+		began = time.Now()
 		// One that doesn't come back is said some day.
 		s.script, s.calls = script{fails(backenderr.BackendUnreachable, backend.StateReady), fails(backenderr.BackendUnreachable)}, 0
 		if err := r.WatchUntilExit(t.Context(), "", func(backend.Event) error { return nil }); !backenderr.Is(err, backenderr.BackendUnreachable) ||

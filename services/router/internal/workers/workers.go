@@ -75,7 +75,10 @@ func Dial(c Config, tls grpcx.TLSConfig, log *slog.Logger, options ...grpc.DialO
 		return nil, fmt.Errorf("backend %s: %w", c.Name, err)
 	}
 	w.conn = conn
-	w.backend = &replicated{Backend: backendgrpc.NewClient(conn), log: w.log}
+	w.backend = &replicated{
+		Backend: backendgrpc.NewClient(conn), log: w.log,
+		down: func() bool { return conn.GetState() == connectivity.TransientFailure },
+	}
 	w.inventory = bridgev1.NewInventoryServiceClient(conn)
 	w.operator = bridgev1.NewOperatorServiceClient(conn)
 	w.fleet = bridgev1.NewFleetServiceClient(conn)

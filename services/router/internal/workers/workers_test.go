@@ -117,16 +117,25 @@ func (r *remote) Provision(ctx context.Context, g backend.Grant, _ backend.Envel
 	r.caller = backend.CallerFrom(ctx)
 	r.mu.Unlock()
 	return backend.Provisioned{
-		Instance: backend.Instance{Handle: backend.HandleFor(g.ID), GrantID: g.ID},
+		Instance: backend.Instance{Handle: backend.HandleFor(g.ID), GrantID: g.ID, State: backend.StateReady},
 		Receipt:  backend.Receipt{GrantID: g.ID, HostKey: "ssh-ed25519 AAAA"},
 	}, nil
 }
 
-func (r *remote) WatchUntilExit(ctx context.Context, _ backend.Handle, emit func(backend.Event) error) error {
+func (r *remote) WatchUntilExit(ctx context.Context, handle backend.Handle, emit func(backend.Event) error) error {
 	r.mu.Lock()
 	r.caller = backend.CallerFrom(ctx)
 	r.mu.Unlock()
-	return emit(backend.Event{Log: &backend.SignedLog{KeyID: "k"}})
+	id, err := handle.GrantID()
+	if err != nil {
+		return err
+	}
+	log := backend.ComputeLog{GrantID: id}
+	body, err := proto.Marshal(backendgrpc.LogToProto(log))
+	if err != nil {
+		return err
+	}
+	return emit(backend.Event{Log: &backend.SignedLog{Log: log, Body: body, KeyID: "k"}})
 }
 
 func (r *remote) Terminate(context.Context, backend.Handle) (backend.Termination, error) {
