@@ -89,19 +89,24 @@ func TestAWatchOutlivesTheAgeLimitsOfItsConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	stop()
-	const grace = 10 * time.Millisecond
-	m.age, m.grace = 100*time.Millisecond, grace
+	const grace = 50 * time.Millisecond
+	m.age, m.grace = 300*time.Millisecond, grace
 	m.start(t)
-	inner, _ := s.router(t, m).aged(t, 130*time.Millisecond, grace).start(t)
+	inner, _ := s.router(t, m).aged(t, 350*time.Millisecond, grace).start(t)
 	over := target{"inner", inner.Listen[0].Address}
-	aged, _ := s.routerOver(t, "outer", over).aged(t, 170*time.Millisecond, grace).start(t)
+	aged, _ := s.routerOver(t, "outer", over).aged(t, 400*time.Millisecond, grace).start(t)
 	calm, _ := s.routerOver(t, "outer", over).start(t)
 
 	handle := backend.HandleFor(grant.ID).Via("deep").Via("inner")
 	told := [2]chan backend.State{make(chan backend.State, 100), make(chan backend.State, 100)}
 	patient := follow(t, backendgrpc.NewClient(s.dial(t, aged, "alice")), handle, told[0])
 	undisturbed := follow(t, backendgrpc.NewClient(s.dial(t, calm, "alice")), handle, told[1])
-	const often = 6
+	for _, states := range told {
+		if first := <-states; first != backend.StateReady {
+			t.Errorf("a watch begins with %s", first)
+		}
+	}
+	const often = 4
 	eventually(t, "watches are attached again and again", func() bool {
 		families, err := m.metrics.Gather()
 		if err != nil {
