@@ -135,10 +135,10 @@ func (r *report) tell(t *testing.T) {
 		return
 	}
 	name := strings.NewReplacer("/", "-", " ", "-").Replace(t.Name()) + ".txt"
-	if err := os.MkdirAll(dir, 0o755); err != nil { //nolint:gosec // Anyone may read it.
+	if err := os.MkdirAll(dir, 0o755); err != nil { // Anyone may read it.
 		t.Error(err)
 	}
-	if err := os.WriteFile(filepath.Join(dir, name), []byte(text.String()), 0o644); err != nil { //nolint:gosec // As above.
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(text.String()), 0o644); err != nil {
 		t.Error(err)
 	}
 }

@@ -489,12 +489,12 @@ func pointsOf(calls []Call) []string {
 func (e *env) random() *rand.Rand {
 	seed := e.h.Sweep.Seed
 	if seed == 0 {
-		seed = uint64(time.Now().UnixNano()) //nolint:gosec // Any bits do.
+		seed = uint64(time.Now().UnixNano())
 	}
 	if e.h.Sweep.Sample > 0 {
 		e.Logf("the sample's seed is %d", seed)
 	}
-	return rand.New(rand.NewPCG(seed, 0)) //nolint:gosec // It makes no secret.
+	return rand.New(rand.NewPCG(seed, 0))
 }
 
 // sample chooses as many as the sweep wants, and keeps their order.

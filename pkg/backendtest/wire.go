@@ -38,6 +38,8 @@ type wire struct {
 
 // newValidator returns the validator of requests. Learning the rules takes longer
 // than most cases.
+//
+//nolint:gochecknoglobals // They are learnt once for all cases of a process.
 var newValidator = sync.OnceValues(func() (protovalidate.Validator, error) { return protovalidate.New() })
 
 // serve puts gRPC between the suite and b. Errors are looked at as they cross.

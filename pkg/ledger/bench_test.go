@@ -1,7 +1,6 @@
 package ledger_test
 
 import (
-	"context"
 	"encoding/binary"
 	"sync/atomic"
 	"testing"
@@ -16,7 +15,7 @@ var lives atomic.Uint64 // so that each life is another grant's
 func BenchmarkLedgerLife(b *testing.B) {
 	for name, l := range benched(b) {
 		b.Run(name, func(b *testing.B) {
-			ctx := context.Background()
+			ctx := b.Context()
 			for b.Loop() {
 				var id ledger.RequestID
 				binary.BigEndian.PutUint64(id[24:], lives.Add(1))
@@ -56,7 +55,7 @@ func BenchmarkLedgerLife(b *testing.B) {
 func BenchmarkLedgerRead(b *testing.B) {
 	for name, l := range benched(b) {
 		b.Run(name, func(b *testing.B) {
-			ctx := context.Background()
+			ctx := b.Context()
 			if _, _, err := l.PutClaim(ctx, aClaim(1)); err != nil {
 				b.Fatal(err)
 			}

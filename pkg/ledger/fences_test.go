@@ -86,8 +86,8 @@ func testAClaimIsRefusedWhereItIs(t *testing.T, s store) {
 		_, err := l.RefuseClaims(t.Context(), id(1), fence, backend, generation)
 		return err
 	}
-	move := func(from string, generation uint64, to string, next, fence uint64) error {
-		return l.MoveClaim(t.Context(), ledger.Move{RequestID: id(1), From: from, Generation: generation, To: to, Next: next, Fence: fence})
+	move := func(generation uint64, to string, next, fence uint64) error {
+		return l.MoveClaim(t.Context(), ledger.Move{RequestID: id(1), From: "metal", Generation: generation, To: to, Next: next, Fence: fence})
 	}
 	must(t, refuse(1, "", 0))
 	c := aClaim(1)
@@ -100,12 +100,12 @@ func testAClaimIsRefusedWhereItIs(t *testing.T, s store) {
 	wantErr(t, refuse(2, "", 0), ledger.ErrConflict)
 	wantErr(t, refuse(2, "metal", 2), ledger.ErrConflict)
 	wantErr(t, refuse(2, "cloud", 1), ledger.ErrConflict)
-	wantErr(t, move("metal", 2, "cloud", 3, 2), ledger.ErrConflict)
-	wantErr(t, move("metal", 1, "cloud", 0, 2), ledger.ErrConflict)
-	must(t, move("metal", 1, "metal", 5, 2))
+	wantErr(t, move(2, "cloud", 3, 2), ledger.ErrConflict)
+	wantErr(t, move(1, "cloud", 0, 2), ledger.ErrConflict)
+	must(t, move(1, "metal", 5, 2))
 	must(t, refuse(2, "metal", 5))
-	wantFenced(t, move("metal", 5, "cloud", 6, 2), 2)
-	must(t, move("metal", 5, "cloud", 6, 3))
+	wantFenced(t, move(5, "cloud", 6, 2), 2)
+	must(t, move(5, "cloud", 6, 3))
 	stored, err := l.Claim(t.Context(), id(1))
 	must(t, err)
 	if stored.Backend != "cloud" || stored.Generation != 6 {

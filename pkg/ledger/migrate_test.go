@@ -1,6 +1,7 @@
 package ledger_test
 
 import (
+	"database/sql"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -96,15 +97,7 @@ func TestBothSchemasHaveTheSameStepsAndColumns(t *testing.T) {
 		if s.postgres() {
 			query = `SELECT table_name || '.' || column_name FROM information_schema.columns WHERE table_schema = 'public'`
 		}
-		rows, err := s.raw(t).QueryContext(t.Context(), query)
-		must(t, err)
-		for rows.Next() {
-			var column string
-			must(t, rows.Scan(&column))
-			columns[i] = append(columns[i], column)
-		}
-		must(t, rows.Err())
-		must(t, rows.Close())
+		columns[i] = texts(t, s.raw(t), query)
 		slices.Sort(columns[i])
 	}
 	if diff := cmp.Diff(steps[0], steps[1]); diff != "" {
@@ -113,6 +106,22 @@ func TestBothSchemasHaveTheSameStepsAndColumns(t *testing.T) {
 	if diff := cmp.Diff(columns[0], columns[1]); diff != "" || len(columns[0]) < 20 {
 		t.Errorf("columns (-sqlite +postgres):\n%s", diff)
 	}
+}
+
+// texts returns what a query for one column finds.
+func texts(t *testing.T, db *sql.DB, query string) []string {
+	t.Helper()
+	rows, err := db.QueryContext(t.Context(), query)
+	must(t, err)
+	defer rows.Close()
+	var found []string
+	for rows.Next() {
+		var text string
+		must(t, rows.Scan(&text))
+		found = append(found, text)
+	}
+	must(t, rows.Err())
+	return found
 }
 
 func TestAnEmptyStoreIsNotMadeWhereItMustExist(t *testing.T) {

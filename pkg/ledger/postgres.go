@@ -98,8 +98,7 @@ func parseDSN(dsn string) (*pgx.ConnConfig, error) {
 	if _, err := parse("password", "sslpassword"); err == nil {
 		return nil, errors.New("holds a password: put it into a file of its own (password_file)")
 	}
-	var file *fs.PathError
-	if errors.As(err, &file) {
+	if file, ok := errors.AsType[*fs.PathError](err); ok {
 		return nil, fmt.Errorf("%s: %w", file.Path, file.Err) // a certificate's
 	}
 	return nil, errDSN
@@ -220,8 +219,9 @@ func (d postgresDialect) isConstraint(err error) bool {
 // text writes placeholders as $1, $2, ... No statement has a question mark
 // anywhere else.
 func (d postgresDialect) text(query string) string {
-	if text, ok := d.texts.Load(query); ok {
-		return text.(string) //nolint:forcetypeassert // nothing else is stored
+	known, _ := d.texts.Load(query)
+	if text, ok := known.(string); ok {
+		return text
 	}
 	var b strings.Builder
 	n := 0

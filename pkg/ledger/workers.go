@@ -12,12 +12,12 @@ import (
 const forgetWorkers = 24 * time.Hour
 
 // noGrant is what writes that are for no grant are serialised by.
-var noGrant RequestID
+func noGrant() RequestID { return RequestID{} }
 
 // Beat records that a process works for a backend now.
 func (l *Ledger) Beat(ctx context.Context, backend, process string) error {
 	now := time.Now()
-	err := l.update(ctx, noGrant, func(ctx context.Context, tx *sql.Tx) error {
+	err := l.update(ctx, noGrant(), func(ctx context.Context, tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, `DELETE FROM workers WHERE seen_at < ?`, micros(now.Add(-forgetWorkers))); err != nil {
 			return err
 		}
@@ -33,7 +33,7 @@ func (l *Ledger) Beat(ctx context.Context, backend, process string) error {
 
 // Leave records that a process works no more. It is idempotent.
 func (l *Ledger) Leave(ctx context.Context, backend, process string) error {
-	err := l.update(ctx, noGrant, func(ctx context.Context, tx *sql.Tx) error {
+	err := l.update(ctx, noGrant(), func(ctx context.Context, tx *sql.Tx) error {
 		_, err := tx.ExecContext(ctx, `DELETE FROM workers WHERE backend = ? AND process = ?`, backend, process)
 		return err
 	})

@@ -40,13 +40,13 @@ func (p *place) give(to *replica) {
 	to.env.TookOver()
 }
 
-func (r *replica) mine() (error, <-chan struct{}) {
+func (r *replica) mine() (<-chan struct{}, error) {
 	r.place.mu.Lock()
 	defer r.place.mu.Unlock()
 	if r.place.owner == r {
-		return nil, r.place.changed
+		return r.place.changed, nil
 	}
-	return backenderr.New(backenderr.OtherReplica, "elsewhere").WithRetryAfter(time.Second), r.place.changed
+	return r.place.changed, backenderr.New(backenderr.OtherReplica, "elsewhere").WithRetryAfter(time.Second)
 }
 
 func (r *replica) Elsewhere(ctx context.Context, id backend.GrantID) error {
@@ -54,17 +54,17 @@ func (r *replica) Elsewhere(ctx context.Context, id backend.GrantID) error {
 	if err != nil || len(attempts) == 0 || attempts[len(attempts)-1].Gone {
 		return err
 	}
-	err, _ = r.mine()
+	_, err = r.mine()
 	return err
 }
 
 func (r *replica) Serving() error {
-	err, _ := r.mine()
+	_, err := r.mine()
 	return err
 }
 
 func (r *replica) Provision(ctx context.Context, o Order) (Ready, error) {
-	if err, _ := r.mine(); err != nil {
+	if _, err := r.mine(); err != nil {
 		return Ready{}, err
 	}
 	return r.scripted.Provision(ctx, o)
@@ -73,7 +73,7 @@ func (r *replica) Provision(ctx context.Context, o Order) (Ready, error) {
 func (r *replica) Watch(ctx context.Context, _ backend.GrantID, _ func(backend.Usage)) (backend.Exit, error) {
 	r.called("watch")
 	for {
-		err, changed := r.mine()
+		changed, err := r.mine()
 		if err != nil {
 			return backend.Exit{}, err
 		}
@@ -86,7 +86,7 @@ func (r *replica) Watch(ctx context.Context, _ backend.GrantID, _ func(backend.U
 }
 
 func (r *replica) Terminate(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error) {
-	if err, _ := r.mine(); err != nil {
+	if _, err := r.mine(); err != nil {
 		return nil, err
 	}
 	return r.scripted.Terminate(ctx, id)
@@ -130,7 +130,7 @@ func TestAReplicaLeavesToTheOtherWhatItHas(t *testing.T) {
 		if _, err := b.Provision(as(t, alice), other, envelope); !backenderr.Is(err, backenderr.OtherReplica) {
 			t.Errorf("Provision: %v", err)
 		}
-		time.Sleep(time.Hour / 2) // sweeps, settles
+		time.Sleep(time.Hour / 2) //nolint:forbidigo // time in a bubble: it sweeps, settles
 		if n := rb.count("terminate"); n != 0 {
 			t.Errorf("%d calls of Terminate", n)
 		}
@@ -194,7 +194,7 @@ func TestAnEndThatTheOtherReplicaWasAskedForComes(t *testing.T) {
 			backenderr.CreatedOf(err) != backenderr.CreatedUnknown {
 			t.Fatalf("Terminate: %v", err)
 		}
-		time.Sleep(followInterval + time.Second)
+		time.Sleep(followInterval + time.Second) //nolint:forbidigo // time in a bubble
 		log, err := a.config.Ledger.Log(t.Context(), ledger.RequestID(g.ID))
 		if err != nil || rb.count("terminate") != 0 {
 			t.Errorf("%+v, %v", log, err)

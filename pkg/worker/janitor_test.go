@@ -326,7 +326,7 @@ func TestWhatTheJanitorDoesAboutEveryState(t *testing.T) {
 			prepare: func(t *testing.T, w *world) {
 				l := w.work()
 				w.provider.Inject(backendfake.OpCreate, backendfake.Fault{Kind: backendfake.CrashAfter})
-				l.die(t, n)
+				l.die(t)
 				age()
 			},
 			action: worker.SweepUndo, why: "never finished",
@@ -335,7 +335,7 @@ func TestWhatTheJanitorDoesAboutEveryState(t *testing.T) {
 			prepare: func(t *testing.T, w *world) {
 				l := w.work()
 				w.provider.Inject(backendfake.OpCreate, backendfake.Fault{Kind: backendfake.CrashAfter})
-				l.die(t, n)
+				l.die(t)
 				time.Sleep(orphanAge / 2) //nolint:forbidigo // time in a bubble
 			},
 			holds: 1,
@@ -345,7 +345,7 @@ func TestWhatTheJanitorDoesAboutEveryState(t *testing.T) {
 				l := w.work()
 				time.Sleep(orphanAge / 5) //nolint:forbidigo // time in a bubble
 				w.provider.Inject(backendfake.OpCreate, backendfake.Fault{Kind: backendfake.CrashAfter})
-				l.die(t, n)
+				l.die(t)
 				time.Sleep(orphanAge - orphanAge/10) //nolint:forbidigo // time in a bubble
 			},
 			holds: 1,
@@ -354,7 +354,7 @@ func TestWhatTheJanitorDoesAboutEveryState(t *testing.T) {
 			prepare: func(t *testing.T, w *world) {
 				l := w.work()
 				w.provider.Inject(backendfake.OpCreate, backendfake.Fault{Kind: backendfake.CrashBefore})
-				l.die(t, n)
+				l.die(t)
 				age()
 			},
 			action: worker.SweepUndo, why: "never finished",
@@ -364,7 +364,7 @@ func TestWhatTheJanitorDoesAboutEveryState(t *testing.T) {
 				w.backend = "other"
 				l := w.work()
 				w.provider.Inject(backendfake.OpCreate, backendfake.Fault{Kind: backendfake.CrashAfter})
-				l.die(t, n)
+				l.die(t)
 				w.backend = "fake"
 				age()
 			},
@@ -484,13 +484,13 @@ func TestWhatTheJanitorDoesAboutEveryState(t *testing.T) {
 	}
 }
 
-// die lets a worker begin grant n and die of an injected fault.
-func (l *life) die(t *testing.T, n byte) {
+// die lets a worker begin grant 1 and die of an injected fault.
+func (l *life) die(t *testing.T) {
 	t.Helper()
 	failed := make(chan struct{})
 	go func() {
 		defer close(failed)
-		if _, err := l.provision(t, n); err == nil {
+		if _, err := l.provision(t, 1); err == nil {
 			t.Error("it was provisioned")
 		}
 	}()
@@ -572,6 +572,7 @@ func TestTheJanitorLeavesAProvisionInFlight(t *testing.T) {
 func TestTheJanitorIsBlindWithoutPlatformOrLedger(t *testing.T) {
 	t.Parallel()
 	prepare := func(t *testing.T) *world {
+		t.Helper()
 		w := newWorld(t, backendfake.Options{IgnoreDeadlines: true})
 		l := w.work()
 		l.ready(t, 1)

@@ -26,11 +26,11 @@ func watchLedger(t *testing.T) (*watched, func(*RuntimeConfig)) {
 	t.Helper()
 	w := &watched{points: new(ledgertest.Points)}
 	return w, func(c *RuntimeConfig) {
-		real, ok := c.Ledger.(*ledger.Ledger)
+		l, ok := c.Ledger.(*ledger.Ledger)
 		if !ok {
 			t.Fatal("the ledger is watched already")
 		}
-		w.real = real
+		w.real = l
 		c.Ledger = w.next()
 	}
 }

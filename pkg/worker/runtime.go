@@ -202,15 +202,20 @@ func (r *Runtime) beatForEver() {
 				r.log.WarnContext(r.live, "Recording that this process works failed", "error", err.Error())
 			}
 		case <-r.live.Done():
-			// With a limit: a ledger that hangs must not keep the process. Without
-			// the farewell it counts as working for one orphan age more.
-			ctx, cancel := context.WithTimeout(context.WithoutCancel(r.live), minBeat)
-			defer cancel()
-			if err := r.config.Ledger.Leave(ctx, r.config.Backend, r.process); err != nil {
-				r.log.InfoContext(ctx, "Recording that this process works no more failed", "error", err.Error())
-			}
+			r.leave()
 			return
 		}
+	}
+}
+
+// leave records that this process works no more, with a limit: a ledger that
+// hangs must not keep it. Without this farewell it counts as working for one
+// orphan age more.
+func (r *Runtime) leave() {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.live), minBeat)
+	defer cancel()
+	if err := r.config.Ledger.Leave(ctx, r.config.Backend, r.process); err != nil {
+		r.log.InfoContext(ctx, "Recording that this process works no more failed", "error", err.Error())
 	}
 }
 
@@ -347,8 +352,7 @@ func (r *Runtime) refusal(ctx context.Context, id backend.GrantID, failure error
 		return failure
 	}
 	e := backenderr.From(failure)
-	var late ledger.FencedError
-	if errors.As(failure, &late) {
+	if late, ok := errors.AsType[ledger.FencedError](failure); ok {
 		e = backend.WithRefusedFence(backenderr.New(backenderr.OperationInProgress, "the call came late: %v", late), late.Refused).
 			WithCreated(backenderr.CreatedNone)
 	}

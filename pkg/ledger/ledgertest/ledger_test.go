@@ -21,8 +21,8 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 func TestEveryMethodIsWatched(t *testing.T) {
 	t.Parallel()
-	real, watched := reflect.TypeFor[*ledger.Ledger](), reflect.TypeFor[*ledgertest.Ledger]()
-	for m := range real.Methods() {
+	plain, watched := reflect.TypeFor[*ledger.Ledger](), reflect.TypeFor[*ledgertest.Ledger]()
+	for m := range plain.Methods() {
 		if m.Name == "Close" {
 			continue
 		}
@@ -68,9 +68,9 @@ func drain[T any](all func(func(T, error) bool)) error {
 
 func steps(id ledger.RequestID) []step {
 	type (
-		ctxt = context.Context
-		seen = *ledgertest.Ledger
-		real = *ledger.Ledger
+		ctxt  = context.Context
+		seen  = *ledgertest.Ledger
+		plain = *ledger.Ledger
 	)
 	return []step{
 		{
@@ -78,24 +78,24 @@ func steps(id ledger.RequestID) []step {
 			func(ctx ctxt, l seen) error {
 				return last(l.PutClaim(ctx, ledger.Claim{RequestID: id, Backend: "a"}))
 			},
-			func(ctx ctxt, l real) bool { _, err := l.Claim(ctx, id); return err == nil },
+			func(ctx ctxt, l plain) bool { _, err := l.Claim(ctx, id); return err == nil },
 		},
 		{
 			ledgertest.Call{Point: "ledger.MoveClaim", RequestID: id, Mutates: true},
 			func(ctx ctxt, l seen) error {
 				return l.MoveClaim(ctx, ledger.Move{RequestID: id, From: "a", Generation: 1, To: "b", Next: 2})
 			},
-			func(ctx ctxt, l real) bool { c, err := l.Claim(ctx, id); return err == nil && c.Backend == "b" },
+			func(ctx ctxt, l plain) bool { c, err := l.Claim(ctx, id); return err == nil && c.Backend == "b" },
 		},
 		{
 			ledgertest.Call{Point: "ledger.RefuseAttempts", RequestID: id, Mutates: true},
 			func(ctx ctxt, l seen) error { return second(l.RefuseAttempts(ctx, id, 1)) },
-			func(ctx ctxt, l real) bool { n, err := l.Refused(ctx, id); return err == nil && n == 1 },
+			func(ctx ctxt, l plain) bool { n, err := l.Refused(ctx, id); return err == nil && n == 1 },
 		},
 		{
 			ledgertest.Call{Point: "ledger.RefuseClaims", RequestID: id, Mutates: true},
 			func(ctx ctxt, l seen) error { return second(l.RefuseClaims(ctx, id, 2, "b", 2)) },
-			func(ctx ctxt, l real) bool { n, err := l.Refused(ctx, id); return err == nil && n == 2 },
+			func(ctx ctxt, l plain) bool { n, err := l.Refused(ctx, id); return err == nil && n == 2 },
 		},
 		{
 			ledgertest.Call{Point: "ledger.Refused", RequestID: id},
@@ -104,7 +104,7 @@ func steps(id ledger.RequestID) []step {
 		{
 			ledgertest.Call{Point: "ledger.SetSealedKey", RequestID: id, Mutates: true},
 			func(ctx ctxt, l seen) error { return last(l.SetSealedKey(ctx, id, []byte("k"), "p")) },
-			func(ctx ctxt, l real) bool { c, err := l.Claim(ctx, id); return err == nil && c.SealedKey != nil },
+			func(ctx ctxt, l plain) bool { c, err := l.Claim(ctx, id); return err == nil && c.SealedKey != nil },
 		},
 		{
 			ledgertest.Call{Point: "ledger.Claim", RequestID: id},
@@ -119,7 +119,7 @@ func steps(id ledger.RequestID) []step {
 			func(ctx ctxt, l seen) error {
 				return last(l.BeginAttempt(ctx, id, [32]byte{}, func(uint32) (ledger.AttemptParams, error) { return ledger.AttemptParams{}, nil }))
 			},
-			func(ctx ctxt, l real) bool { all, err := l.Attempts(ctx, id); return err == nil && len(all) == 1 },
+			func(ctx ctxt, l plain) bool { all, err := l.Attempts(ctx, id); return err == nil && len(all) == 1 },
 		},
 		{
 			ledgertest.Call{Point: "ledger.OpenIntents"},
@@ -130,7 +130,7 @@ func steps(id ledger.RequestID) []step {
 			func(ctx ctxt, l seen) error {
 				return last(l.PutInstance(ctx, ledger.Instance{RequestID: id, Attempt: 1}))
 			},
-			func(ctx ctxt, l real) bool { _, err := l.Instance(ctx, id); return err == nil },
+			func(ctx ctxt, l plain) bool { _, err := l.Instance(ctx, id); return err == nil },
 		},
 		{
 			ledgertest.Call{Point: "ledger.Instance", RequestID: id},
@@ -139,7 +139,7 @@ func steps(id ledger.RequestID) []step {
 		{
 			ledgertest.Call{Point: "ledger.MarkGone", RequestID: id, Mutates: true},
 			func(ctx ctxt, l seen) error { return l.MarkGone(ctx, id, 1) },
-			func(ctx ctxt, l real) bool {
+			func(ctx ctxt, l plain) bool {
 				all, err := l.Attempts(ctx, id)
 				return err == nil && len(all) == 1 && !all[0].Open
 			},
@@ -151,7 +151,7 @@ func steps(id ledger.RequestID) []step {
 		{
 			ledgertest.Call{Point: "ledger.CloseGrant", RequestID: id, Mutates: true},
 			func(ctx ctxt, l seen) error { return last(l.CloseGrant(ctx, ledger.Closure{RequestID: id})) },
-			func(ctx ctxt, l real) bool { _, err := l.Closure(ctx, id); return err == nil },
+			func(ctx ctxt, l plain) bool { _, err := l.Closure(ctx, id); return err == nil },
 		},
 		{
 			ledgertest.Call{Point: "ledger.Closure", RequestID: id},
@@ -160,12 +160,12 @@ func steps(id ledger.RequestID) []step {
 		{
 			ledgertest.Call{Point: "ledger.PutInterim", RequestID: id, Mutates: true},
 			func(ctx ctxt, l seen) error { return l.PutInterim(ctx, ledger.Log{RequestID: id, Sequence: 1}) },
-			func(ctx ctxt, l real) bool { g, err := l.Log(ctx, id); return err == nil && !g.Final },
+			func(ctx ctxt, l plain) bool { g, err := l.Log(ctx, id); return err == nil && !g.Final },
 		},
 		{
 			ledgertest.Call{Point: "ledger.PutFinal", RequestID: id, Mutates: true},
 			func(ctx ctxt, l seen) error { return last(l.PutFinal(ctx, ledger.Log{RequestID: id})) },
-			func(ctx ctxt, l real) bool { g, err := l.Log(ctx, id); return err == nil && g.Final },
+			func(ctx ctxt, l plain) bool { g, err := l.Log(ctx, id); return err == nil && g.Final },
 		},
 		{
 			ledgertest.Call{Point: "ledger.Log", RequestID: id},
@@ -214,8 +214,8 @@ func TestEveryCallCanFail(t *testing.T) {
 		for n, hit := range steps(one) {
 			t.Run(string(kind)+"/"+hit.want.Point, func(t *testing.T) {
 				t.Parallel()
-				real, points := ledgertest.Open(t), new(ledgertest.Points)
-				l := ledgertest.New(real, points)
+				plain, points := ledgertest.Open(t), new(ledgertest.Points)
+				l := ledgertest.New(plain, points)
 				for _, s := range steps(one)[:n] {
 					if err := s.call(t.Context(), l); err != nil {
 						t.Fatalf("%s: %v", s.want.Point, err)
@@ -231,7 +231,7 @@ func TestEveryCallCanFail(t *testing.T) {
 				wantEffect := true
 				switch kind {
 				case ledgertest.Slow:
-					if hit.done != nil && hit.done(t.Context(), real) {
+					if hit.done != nil && hit.done(t.Context(), plain) {
 						t.Error("it had its effect before it was released")
 					}
 					fault.Release()
@@ -246,7 +246,7 @@ func TestEveryCallCanFail(t *testing.T) {
 						t.Errorf("the call that was hit: %v", err)
 					}
 				}
-				if hit.done != nil && hit.done(t.Context(), real) != wantEffect {
+				if hit.done != nil && hit.done(t.Context(), plain) != wantEffect {
 					t.Errorf("effect = %v, want %v", !wantEffect, wantEffect)
 				}
 				dead := kind == ledgertest.CrashBefore || kind == ledgertest.CrashAfter
@@ -259,11 +259,11 @@ func TestEveryCallCanFail(t *testing.T) {
 						t.Errorf("%s afterwards: %v", s.want.Point, err)
 					}
 				}
-				if _, err := real.Claim(t.Context(), two); dead != errors.Is(err, ledger.ErrNotFound) {
+				if _, err := plain.Claim(t.Context(), two); dead != errors.Is(err, ledger.ErrNotFound) {
 					t.Errorf("effect of a later call: %v", err)
 				}
 				// The next life finds everything as it was left.
-				next := ledgertest.New(real, points)
+				next := ledgertest.New(plain, points)
 				if err := next.Check(t.Context()); err != nil {
 					t.Errorf("next life: %v", err)
 				}
@@ -316,8 +316,8 @@ func TestFaultsHitTheCallsThatTheyName(t *testing.T) {
 func TestASlowCallEndsWithItsContextAndWithTheProcess(t *testing.T) {
 	t.Parallel()
 	points := new(ledgertest.Points)
-	real := ledgertest.Open(t)
-	l := ledgertest.New(real, points)
+	plain := ledgertest.Open(t)
+	l := ledgertest.New(plain, points)
 	points.Inject(ledgertest.Fault{Kind: ledgertest.Slow, Always: true})
 
 	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
@@ -337,7 +337,7 @@ func TestASlowCallEndsWithItsContextAndWithTheProcess(t *testing.T) {
 	if err := <-failed; !errors.Is(err, ledger.ErrUnavailable) {
 		t.Errorf("killed: %v", err)
 	}
-	if _, err := real.Claim(t.Context(), one); !errors.Is(err, ledger.ErrNotFound) {
+	if _, err := plain.Claim(t.Context(), one); !errors.Is(err, ledger.ErrNotFound) {
 		t.Errorf("there was an effect: %v", err)
 	}
 }

@@ -12,6 +12,8 @@ import (
 
 // empty is the file of a ledger that was just made. Making one takes long under
 // the race detector, copying it doesn't.
+//
+//nolint:gochecknoglobals // It is made once for all tests of a process.
 var empty = sync.OnceValues(func() ([]byte, error) {
 	dir, err := os.MkdirTemp("", "ledgertest-")
 	if err != nil {
@@ -19,7 +21,7 @@ var empty = sync.OnceValues(func() ([]byte, error) {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	path := filepath.Join(dir, "ledger.db")
-	l, err := ledger.Open(context.Background(), ledger.Config{Path: path})
+	l, err := ledger.Open(context.Background(), ledger.Config{Path: path}) //nolint:forbidigo // For all tests, so under the context of none.
 	if err != nil {
 		return nil, err
 	}
@@ -46,7 +48,7 @@ func Open(t testing.TB) *ledger.Ledger {
 	var l *ledger.Ledger
 	err := Create(path)
 	if err == nil {
-		l, err = ledger.Open(context.Background(), ledger.Config{Path: path})
+		l, err = ledger.Open(context.WithoutCancel(t.Context()), ledger.Config{Path: path})
 	}
 	if err != nil {
 		t.Fatalf("open an empty ledger: %v", err)

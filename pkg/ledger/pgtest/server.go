@@ -82,6 +82,7 @@ type Server struct {
 	databases atomic.Int64
 }
 
+//nolint:gochecknoglobals // One server for all tests of a process is what it is for.
 var shared struct {
 	once   sync.Once
 	server *Server
@@ -92,7 +93,9 @@ var shared struct {
 // stop it.
 func Shared(t testing.TB) *Server {
 	t.Helper()
-	shared.once.Do(func() { shared.server, shared.err = newServer(Options{}) })
+	// It outlives the test that happens to be the first.
+	ctx := context.WithoutCancel(t.Context())
+	shared.once.Do(func() { shared.server, shared.err = newServer(ctx, Options{}) })
 	if shared.err != nil {
 		t.Fatalf("PostgreSQL: %v", shared.err)
 	}
@@ -102,7 +105,7 @@ func Shared(t testing.TB) *Server {
 // Start starts a server of the test's own, which is gone at its end.
 func Start(t testing.TB, o Options) *Server {
 	t.Helper()
-	s, err := newServer(o)
+	s, err := newServer(context.WithoutCancel(t.Context()), o)
 	if err != nil {
 		t.Fatalf("PostgreSQL: %v", err)
 	}
@@ -152,7 +155,8 @@ func credential() (*syscall.Credential, error) {
 	return nil, errors.New("neither user postgres nor nobody exists to run the server as")
 }
 
-func newServer(o Options) (*Server, error) {
+// newServer makes a server, which runs until ctx is over or it is destroyed.
+func newServer(ctx context.Context, o Options) (*Server, error) {
 	s := &Server{options: o}
 	var err error
 	if s.bin, err = binaries(); err != nil {
@@ -164,10 +168,10 @@ func newServer(o Options) (*Server, error) {
 	if s.dir, err = os.MkdirTemp("", "pgtest-"); err != nil {
 		return nil, err
 	}
-	if err := s.guardDir(); err != nil {
+	if err := s.guardDir(ctx); err != nil {
 		return nil, errors.Join(err, os.RemoveAll(s.dir))
 	}
-	if err := s.make(); err != nil {
+	if err := s.make(ctx); err != nil {
 		return nil, errors.Join(err, s.destroy())
 	}
 	return s, nil
@@ -195,13 +199,13 @@ n=0
 until rm -rf "$1" && [ ! -e "$1" ] || [ "$n" -ge 100 ]; do sleep 0.1; n=$((n + 1)); done
 `
 
-func (s *Server) guardDir() error {
+func (s *Server) guardDir(ctx context.Context) error {
 	if s.cred != nil {
 		if err := os.Chown(s.dir, int(s.cred.Uid), int(s.cred.Gid)); err != nil {
 			return err
 		}
 	}
-	s.watchdog = exec.Command("sh", "-c", cleanUp, "pgtest", s.dir)
+	s.watchdog = exec.CommandContext(ctx, "sh", "-c", cleanUp, "pgtest", s.dir)
 	s.watchdog.Dir = "/"
 	// A session of its own: a signal from the terminal must not end it.
 	s.watchdog.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Credential: s.cred}
@@ -214,8 +218,8 @@ func (s *Server) guardDir() error {
 }
 
 // make makes the cluster and starts the server.
-func (s *Server) make() error {
-	initdb := exec.Command(filepath.Join(s.bin, "initdb"), "--pgdata", s.data(), "--username", superuser, "--auth", "trust",
+func (s *Server) make(ctx context.Context) error {
+	initdb := exec.CommandContext(ctx, filepath.Join(s.bin, "initdb"), "--pgdata", s.data(), "--username", superuser, "--auth", "trust",
 		"--encoding", "UTF8", "--locale", "C", "--wal-segsize", "1", "--no-sync", "--no-instructions")
 	initdb.Dir = "/"
 	initdb.SysProcAttr = &syscall.SysProcAttr{Credential: s.cred}
@@ -253,8 +257,8 @@ func (s *Server) make() error {
 		if l, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
 			return err
 		}
-		s.port = l.Addr().(*net.TCPAddr).Port //nolint:forcetypeassert // it is TCP
-		if err = errors.Join(l.Close(), s.start()); err == nil {
+		s.port = l.Addr().(*net.TCPAddr).Port //nolint:errcheck // It is TCP.
+		if err = errors.Join(l.Close(), s.start(ctx)); err == nil {
 			return nil
 		}
 	}
@@ -294,7 +298,7 @@ mount -t tmpfs -o "size=$size,mode=0700,uid=$uid,gid=$gid" pgtest "$disk"
 exec setpriv --reuid "$uid" --regid "$gid" --clear-groups "$@"
 `
 
-func (s *Server) start() error {
+func (s *Server) start(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.cmd != nil {
@@ -328,13 +332,14 @@ func (s *Server) start() error {
 	}
 	deadline := time.Now().Add(startTimeout)
 	for {
-		// No goroutine waits for it, so that tests may look for leaks.
-		cmd := exec.Command(args[0], args[1:]...)
+		// No goroutine waits for it, as ctx is never over, so that tests may look
+		// for leaks.
+		cmd := exec.CommandContext(ctx, args[0], args[1:]...)
 		cmd.Dir, cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = "/", logFile, logFile, attributes
 		if err := cmd.Start(); err != nil {
 			return err
 		}
-		err := s.ready(cmd.Process.Pid, deadline)
+		err := s.ready(ctx, cmd.Process.Pid, deadline)
 		if err == nil {
 			s.cmd = cmd
 			return nil
@@ -350,11 +355,11 @@ func (s *Server) start() error {
 }
 
 // ready waits until the server takes connections.
-func (s *Server) ready(pid int, deadline time.Time) error {
+func (s *Server) ready(ctx context.Context, pid int, deadline time.Time) error {
 	again := time.NewTicker(10 * time.Millisecond)
 	defer again.Stop()
 	for {
-		err := s.try()
+		err := s.try(ctx)
 		if err == nil {
 			return nil
 		}
@@ -369,8 +374,8 @@ func (s *Server) ready(pid int, deadline time.Time) error {
 	}
 }
 
-func (s *Server) try() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+func (s *Server) try(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	conn, err := pgx.Connect(ctx, s.dsn("postgres"))
 	if err != nil {
@@ -419,7 +424,8 @@ func (s *Server) database(t testing.TB, where string) string {
 // always there.
 func (s *Server) Exec(t testing.TB, database, statements string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	// Databases are dropped when the test is over.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), startTimeout)
 	defer cancel()
 	conn, err := pgx.Connect(ctx, s.dsn(database))
 	if err != nil {
@@ -465,7 +471,7 @@ func (s *Server) Kill(t testing.TB) {
 // address.
 func (s *Server) Start(t testing.TB) {
 	t.Helper()
-	if err := s.start(); err != nil {
+	if err := s.start(context.WithoutCancel(t.Context())); err != nil {
 		t.Fatalf("start PostgreSQL: %v", err)
 	}
 }
@@ -489,11 +495,10 @@ func (s *Server) end(signal syscall.Signal) error {
 	kill := time.AfterFunc(stopTimeout, func() { _ = s.cmd.Process.Kill() })
 	err := s.cmd.Wait()
 	s.cmd = nil
-	var exit *exec.ExitError
 	if !kill.Stop() {
 		return fmt.Errorf("it did not stop within %s", stopTimeout)
 	}
-	if errors.As(err, &exit) {
+	if _, ok := errors.AsType[*exec.ExitError](err); ok {
 		return nil
 	}
 	return err

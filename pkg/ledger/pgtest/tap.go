@@ -3,6 +3,7 @@ package pgtest
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/binary"
 	"encoding/hex"
 	"errors"
@@ -64,8 +65,10 @@ func NewTap(t testing.TB, s *Server) *Tap {
 	}
 	p := &Tap{Points: new(ledgertest.Points), server: s.Addr(), listener: l, conns: map[*tapped]bool{}, open: make(chan struct{})}
 	close(p.open)
-	p.routines.Go(p.accept)
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	p.routines.Go(func() { p.accept(ctx) })
 	t.Cleanup(func() {
+		cancel()
 		_ = l.Close()
 		p.Cut()
 		p.routines.Wait()
@@ -127,7 +130,7 @@ func (p *Tap) Delay(d time.Duration) {
 	p.delay = d
 }
 
-func (p *Tap) accept() {
+func (p *Tap) accept(ctx context.Context) {
 	for {
 		client, err := p.listener.Accept()
 		if err != nil {
@@ -139,7 +142,7 @@ func (p *Tap) accept() {
 			_ = client.Close()
 		} else {
 			p.conns[c] = true
-			p.routines.Go(c.serve)
+			p.routines.Go(func() { c.serve(ctx) })
 		}
 		p.mu.Unlock()
 	}
@@ -192,14 +195,14 @@ func (c *tapped) pass() bool {
 	}
 }
 
-func (c *tapped) serve() {
+func (c *tapped) serve(ctx context.Context) {
 	defer func() {
 		c.close()
 		c.tap.mu.Lock()
 		delete(c.tap.conns, c)
 		c.tap.mu.Unlock()
 	}()
-	if !c.introduce() {
+	if !c.introduce(ctx) {
 		return
 	}
 	c.tap.routines.Go(c.answers)
@@ -238,7 +241,7 @@ const (
 )
 
 // introduce forwards the client's first message, without encryption.
-func (c *tapped) introduce() bool {
+func (c *tapped) introduce(ctx context.Context) bool {
 	for {
 		var head [8]byte
 		if _, err := io.ReadFull(c.in, head[:]); err != nil || !c.pass() {
@@ -258,7 +261,7 @@ func (c *tapped) introduce() bool {
 		if _, err := io.ReadFull(c.in, rest); err != nil {
 			return false
 		}
-		server, err := net.Dial("tcp", c.tap.server)
+		server, err := new(net.Dialer).DialContext(ctx, "tcp", c.tap.server)
 		if err != nil {
 			return false
 		}
@@ -459,10 +462,8 @@ func (c *tapped) callOf(u unit) (call ledgertest.Call, ok bool) {
 }
 
 func cString(b []byte) string {
-	if i := bytes.IndexByte(b, 0); i >= 0 {
-		return string(b[:i])
-	}
-	return string(b)
+	text, _, _ := bytes.Cut(b, []byte{0})
+	return string(text)
 }
 
 // boundParams reads the values of a bind message, from its formats on.
@@ -481,7 +482,7 @@ func boundParams(b []byte) (params [][]byte) {
 		if len(b) < 4 {
 			return params
 		}
-		length := int(int32(binary.BigEndian.Uint32(b))) //nolint:gosec // -1 is null
+		length := int(int32(binary.BigEndian.Uint32(b))) // -1 is null
 		b = b[4:]
 		if length < 0 {
 			params = append(params, nil)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"net"
 	"os"
 	"os/exec"
@@ -127,7 +126,7 @@ func TestCompletionIsQuickAndSilentWithoutATarget(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, backendfake.Options{}, backendfake.DriverOptions{})
 	id := s.grant(t)
-	hangs, err := (&net.ListenConfig{}).Listen(context.Background(), "unix", filepath.Join(filepath.Dir(s.home), "hangs.sock"))
+	hangs, err := (&net.ListenConfig{}).Listen(t.Context(), "unix", filepath.Join(filepath.Dir(s.home), "hangs.sock"))
 	if err != nil {
 		t.Fatal(err)
 	}

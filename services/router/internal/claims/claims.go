@@ -119,8 +119,7 @@ func (s *Store) Refuse(ctx context.Context, at fleet.Claim, fence uint64) (uint6
 
 // refusedError says in the fleet's words that a call came too late.
 func refusedError(err error) error {
-	var fenced ledger.FencedError
-	if errors.As(err, &fenced) {
+	if fenced, ok := errors.AsType[ledger.FencedError](err); ok {
 		return fmt.Errorf("%w: %w", &fleet.RefusedError{Fence: fenced.Refused}, err)
 	}
 	return err

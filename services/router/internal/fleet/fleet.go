@@ -176,8 +176,7 @@ func (f *Fleet) Provision(ctx context.Context, grant backend.Grant, envelope bac
 // its way, to whatever router of these claims, makes anything later. nothing is
 // the claim at which that is certain.
 func (f *Fleet) refusal(ctx context.Context, id backend.GrantID, failure error, fence uint64, nothing *Claim) error {
-	var late *RefusedError
-	if errors.As(failure, &late) {
+	if late, ok := errors.AsType[*RefusedError](failure); ok {
 		return backend.WithRefusedFence(backenderr.From(failure).Clone(), late.Fence)
 	}
 	// What a member said of fences was about ours.
@@ -360,7 +359,7 @@ func (f *Fleet) attempt(ctx context.Context, m *Member, claim Claim, grant backe
 		doubt = doubt || backenderr.CreatedOf(err) == backenderr.CreatedUnknown
 		if ctx.Err() != nil || n >= attempts(err) {
 			f.remember(m, grant.WithRegionHint(envelope.RegionHint), err)
-			return attempted{failure: err, claim: claim}, nil
+			return attempted{failure: err, claim: claim}, nil //nolint:nilerr // The answer is the member's, though the call be over.
 		}
 		f.log.WarnContext(ctx, "Provision failed, asking the same backend again", "grant_id", grant.ID.String(), "backend", m.Name,
 			"reason", string(backenderr.ReasonOf(err)), "attempt", n, "error", err)
@@ -530,8 +529,7 @@ func checkHops(ctx context.Context) error {
 // ledgerError is a failure of the claim store. What exists is unknown: an
 // earlier call may have made something, and only the store would say where.
 func ledgerError(err error) error {
-	var late *RefusedError
-	if errors.As(err, &late) {
+	if _, ok := errors.AsType[*RefusedError](err); ok {
 		return backenderr.Wrap(backenderr.OperationInProgress, err, "the call came too late").WithRetryAfter(firstPause)
 	}
 	if r := backenderr.ReasonOf(err); r != backenderr.Unknown {

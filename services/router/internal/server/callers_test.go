@@ -134,6 +134,8 @@ func (r row) want(w who, l level) answer {
 		a = r.owner
 	case operator:
 		a = r.operator
+	default:
+		panic("no column for: " + w.String())
 	}
 	if a == "" && ((l == atWorker && !r.workers) || (l != atWorker && !r.routers)) {
 		return backenderr.Unimplemented
