@@ -89,12 +89,9 @@ type machine struct {
 	metrics       *prometheus.Registry
 }
 
-func (s *site) machine(t *testing.T, name string, grants int64, changes ...func(*backendfake.Options)) *machine {
+func (s *site) machine(t *testing.T, name string, grants int64) *machine {
 	t.Helper()
 	options := backendfake.Options{Hosts: []backendfake.Host{{Name: "host", Region: backend.Region(name), Capacity: shape.Times(grants)}}}
-	for _, change := range changes {
-		change(&options)
-	}
 	secret := make([]byte, 32)
 	if _, err := rand.Read(secret); err != nil {
 		t.Fatal(err)
