@@ -17,10 +17,10 @@ import (
 // smallDisk is the disk of the database that gets full.
 const smallDisk = 256 << 20
 
-// TestLedgerFaults has the ledger of two workers and two routers slow,
+// TestLongLedgerFaults has the ledger of two workers and two routers slow,
 // unreachable, silent and full: never are there two instances of a grant, and
 // never is a log lost.
-func TestLedgerFaults(t *testing.T) {
+func TestLongLedgerFaults(t *testing.T) {
 	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	server := pgtest.Start(t, pgtest.Options{SmallDisk: smallDisk})

@@ -364,5 +364,5 @@ func race(t *testing.T, rounds int) {
 
 func TestRaceForTheLastSlot(t *testing.T) { race(t, 3) }
 
-// TestLongRaceForTheLastSlot is the same, a hundred times.
+// TestLongRaceForTheLastSlot is the same, many times.
 func TestLongRaceForTheLastSlot(t *testing.T) { race(t, 25) }

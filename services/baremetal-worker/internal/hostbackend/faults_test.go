@@ -63,7 +63,7 @@ var connectionFaults = []fault{
 // Whatever happens to the connection or the host, and whenever in a Provision:
 // the answer is the instance, or an error that says what exists; a retry gets
 // the one instance; and an end leaves nothing.
-func TestFaultsInEveryPhaseOfProvision(t *testing.T) {
+func TestLongFaultsInEveryPhaseOfProvision(t *testing.T) {
 	t.Parallel()
 	for _, f := range connectionFaults {
 		t.Run(f.name, func(t *testing.T) {
@@ -318,7 +318,7 @@ func TestTerminateInEveryPhaseOfProvision(t *testing.T) {
 
 // A client that goes takes its half-made instance along, wherever that is, and
 // may come back.
-func TestClientGoneInEveryPhaseOfProvision(t *testing.T) {
+func TestLongClientGoneInEveryPhaseOfProvision(t *testing.T) {
 	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)

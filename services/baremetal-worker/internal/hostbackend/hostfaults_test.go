@@ -33,7 +33,7 @@ func onHost(t *testing.T, h *lab.Host, script string, args ...string) string {
 
 // A disk that gets full in the middle fails the grant, not the host: what was
 // half done is gone, and with room again the same grant runs.
-func TestDiskGetsFullInEveryPhaseOfProvision(t *testing.T) {
+func TestLongDiskGetsFullInEveryPhaseOfProvision(t *testing.T) {
 	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
 	s := newSite(t, nil, h)

@@ -370,7 +370,7 @@ func (s *site) store(digest string, data []byte) backend.Image {
 }
 
 // callTimeout is far more than a call takes on a busy machine.
-const callTimeout = 45 * time.Second
+const callTimeout = 90 * time.Second
 
 // provision makes a grant's instance.
 func (s *site) provision(t testing.TB, g backend.Grant, e backend.Envelope) backend.Provisioned {

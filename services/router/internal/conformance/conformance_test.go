@@ -11,7 +11,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"log/slog"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -24,6 +23,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/claims"
@@ -36,16 +36,19 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // with a real worker runtime behind it, and before that in order a backend that
 // never takes anything.
 //
-// Every call of a worker is swept where the worker is tested; here a few are,
-// and more of them in TestLongAFleetSurvivesCrashesAndFaults.
+// What a worker's calls and crashes do to it is swept where the worker is
+// tested, and behind a router in TestLongAFleetHonoursTheContract.
 func TestAFleetHonoursTheContract(t *testing.T) {
-	backendtest.Run(t, fleetHarness(backendtest.Sweep{Sample: 2, Parallel: 4}))
+	h := fleetHarness(backendtest.Sweep{Sample: 2, Parallel: 4})
+	h.Only = []string{"identity", "capabilities", "satisfy", "provision", "watch", "terminate", "errors", "ownership"}
+	h.DirectOnly = true
+	backendtest.Run(t, h)
 }
 
-func TestLongAFleetSurvivesCrashesAndFaults(t *testing.T) {
-	h := fleetHarness(backendtest.Sweep{Sample: 12, Parallel: 4})
-	h.Only = []string{"crash", "faults"}
-	backendtest.Run(t, h)
+// TestLongAFleetHonoursTheContract runs all of the suite, in process and over
+// gRPC.
+func TestLongAFleetHonoursTheContract(t *testing.T) {
+	backendtest.Run(t, fleetHarness(backendtest.Sweep{Sample: 8, Parallel: 4}))
 }
 
 func fleetHarness(sweep backendtest.Sweep) backendtest.Harness {
@@ -130,16 +133,7 @@ func openSite(t testing.TB) *site {
 	}
 	s.secret = redact.New(secret)
 	for _, name := range []string{"worker", "router"} {
-		l, err := ledger.Open(t.Context(), ledger.Config{Path: filepath.Join(t.TempDir(), name+".db")})
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := l.Close(); err != nil {
-				t.Errorf("close the ledger: %v", err)
-			}
-		})
-		s.ledgers[name] = l
+		s.ledgers[name] = ledgertest.Open(t)
 	}
 	t.Cleanup(s.stop)
 	return s
