@@ -103,6 +103,46 @@ func TestRoutersNest(t *testing.T) {
 	}
 }
 
+// A worker that several routers lead to has its capacity once.
+func TestAWorkerIsCountedOnceWhateverLeadsToIt(t *testing.T) {
+	declares := func(cpu backend.Millicores, keys ...string) fleet.Observation {
+		c := backend.Capabilities{Regions: []backend.RegionCapabilities{{Region: "lab", Total: backend.Shape{CPU: cpu}, Free: backend.Shape{CPU: cpu}}}}
+		for _, id := range keys {
+			c.LogKeys = append(c.LogKeys, backend.LogKey{ID: id})
+		}
+		return fleet.Observation{Capabilities: c, LastSeen: time.Unix(1, 0)}
+	}
+	silent := declares(1000, "w1")
+	silent.LastError = "connection lost"
+	for name, c := range map[string]struct {
+		members     []fleet.Observation
+		total, free backend.Millicores
+		warnings    int
+	}{
+		"two workers":                      {[]fleet.Observation{declares(1000, "w1"), declares(2000, "w2")}, 3000, 3000, 0},
+		"who shows no key may be anybody":  {[]fleet.Observation{declares(1000), declares(2000)}, 3000, 3000, 0},
+		"a worker, and a router before it": {[]fleet.Observation{declares(1000, "w1"), declares(1000, "w1")}, 1000, 1000, 1},
+		"the way that answers counts":      {[]fleet.Observation{silent, declares(1000, "w1")}, 1000, 1000, 2},
+		"a part can't be taken apart":      {[]fleet.Observation{declares(1000, "w1"), declares(3000, "w1", "w2")}, 4000, 4000, 1},
+		"three ways to the same two":       {[]fleet.Observation{declares(3000, "w1", "w2"), declares(1000, "w1"), declares(2000, "w2")}, 3000, 3000, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config := fleet.Config{Name: "top", Claims: newMemory(), Log: slog.New(slog.DiscardHandler)}
+			for i, seen := range c.members {
+				config.Members = append(config.Members, fleet.Member{Name: string(rune('a' + i)), Observe: func() fleet.Observation { return seen }})
+			}
+			f, err := fleet.New(config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := f.Capabilities(t.Context())
+			if err != nil || len(got.Regions) != 1 || got.Regions[0].Total.CPU != c.total || got.Regions[0].Free.CPU != c.free || len(got.Warnings) != c.warnings {
+				t.Errorf("got %+v, %v; want a total of %d, %d free and %d warnings", got, err, c.total, c.free, c.warnings)
+			}
+		})
+	}
+}
+
 func TestALoopOfRoutersEndsAtTheHopLimit(t *testing.T) {
 	inner := newBridge(t, "a")
 	for _, hops := range []int{backend.MaxHops - 1, backend.MaxHops} {

@@ -63,12 +63,17 @@ func (f *Fleet) Status() []Status {
 
 // Capabilities implements [backend.Backend]: the union of what the members last
 // declared. It asks nobody, and a member that doesn't answer keeps its last
-// known value; the union itself is stale when no member answers.
+// known value; the union itself is stale when no member answers. Where routers
+// nest so that several members lead to the same workers, these count once, by
+// the member that answers and comes first.
 func (f *Fleet) Capabilities(context.Context) (backend.Capabilities, error) {
 	var all []backend.Capabilities
 	var warnings []string
 	stale, draining := true, true
-	for _, s := range f.Status() {
+	counted := map[string]string{} // by log key, the member that it counts with
+	status := f.Status()
+	slices.SortStableFunc(status, func(a, b Status) int { return staleLast(a.Capabilities) - staleLast(b.Capabilities) })
+	for _, s := range status {
 		if s.LastError != "" {
 			warnings = append(warnings, fmt.Sprintf("backend %s does not answer: %s", s.Name, s.LastError))
 		}
@@ -80,11 +85,47 @@ func (f *Fleet) Capabilities(context.Context) (backend.Capabilities, error) {
 		}
 		stale = stale && s.Capabilities.Stale
 		draining = draining && s.Capabilities.Draining
-		all = append(all, s.Capabilities)
+		again, warning := count(counted, s)
+		if warning != "" {
+			warnings = append(warnings, warning)
+		}
+		if !again {
+			all = append(all, s.Capabilities)
+		}
 	}
 	union := backend.Union(f.name, all)
 	union.Stale, union.Draining, union.Warnings = stale, draining && len(all) > 0, warnings
 	return union, nil
+}
+
+func staleLast(c backend.Capabilities) int {
+	if c.Stale {
+		return 1
+	}
+	return 0
+}
+
+// count notes which workers a member leads to; they are known by the keys that
+// sign their compute logs, which replicas share and others don't. again says
+// that all of them count with other members already. The warning tells of that,
+// and of sums that count a part twice, which nobody can take apart.
+func count(counted map[string]string, s Status) (again bool, warning string) {
+	var other string
+	shared := 0
+	for _, key := range s.Capabilities.LogKeys {
+		if name, ok := counted[key.ID]; ok {
+			other, shared = name, shared+1
+			continue
+		}
+		counted[key.ID] = s.Name
+	}
+	switch {
+	case shared == 0:
+		return false, ""
+	case shared == len(s.Capabilities.LogKeys):
+		return true, fmt.Sprintf("backend %s leads only to workers that count with backend %s", s.Name, other)
+	}
+	return false, fmt.Sprintf("backends %s and %s lead to the same worker, whose capacity is counted twice", other, s.Name)
 }
 
 // Backends returns the names of all backends in order, those of a member that
