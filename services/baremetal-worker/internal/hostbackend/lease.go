@@ -88,11 +88,13 @@ func (h *host) leaseOn(generation uint64) (*hostlease.Lease, error) {
 	if err != nil {
 		return nil, err
 	}
-	h.lease, h.leased = hostlease.Start(c, stream), generation
+	lease := hostlease.Start(c, stream)
+	h.lease, h.leased = lease, generation
 	close(h.leasePulse)
 	h.leasePulse = make(chan struct{})
-	h.backend.followers.Go(func() { h.guard(h.lease, generation) })
-	return h.lease, nil
+	// Not h.lease, which may be the next one's by the time that guard begins.
+	h.backend.followers.Go(func() { h.guard(lease, generation) })
+	return lease, nil
 }
 
 // guard ends the connection with its lease, at once: whatever is under way on it
