@@ -241,9 +241,9 @@ func TestAHungWorkerKeepsItsGrants(t *testing.T) {
 
 	f.rogue.set(func() { f.rogue.hang["*"] = true })
 	// At once, when nobody knows yet: no call has a limit but the router's own.
-	any, _ := f.grant(t, "")
-	q, err := f.alice.Provision(within(t, 20*time.Second), any, envelope)
-	f.wantHandle(t, q, err, any.ID, "well")
+	anywhere, _ := f.grant(t, "")
+	q, err := f.alice.Provision(within(t, 20*time.Second), anywhere, envelope)
+	f.wantHandle(t, q, err, anywhere.ID, "well")
 	eventually(t, "it is seen to hang", func() bool {
 		return f.status(t).GetHealth() == bridgev1.BackendHealth_BACKEND_HEALTH_UNREACHABLE
 	})
