@@ -324,9 +324,13 @@ func holder(h *lab.Host) (string, error) {
 		return "", nil
 	}
 	out, err := h.Exec(ctx, "cat", file)
+	if err != nil {
+		return "", err
+	}
+	// When it was taken, the replica, and which of its processes.
 	fields := strings.Fields(out)
-	if err != nil || len(fields) != 2 {
-		return "", fmt.Errorf("%s: %q: %w", h.Name, out, err)
+	if len(fields) != 3 {
+		return "", fmt.Errorf("%s: the lease says %q", h.Name, out)
 	}
 	return fields[1], nil
 }
