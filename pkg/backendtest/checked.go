@@ -66,7 +66,8 @@ func (c *checked) checkError(method string, err error, reasons ...backenderr.Rea
 
 func (c *checked) Name(ctx context.Context) (string, error) {
 	name, err := c.Backend.Name(ctx)
-	c.checkError("Name", err)
+	// Every answer is checked by its name, also one after which the worker died.
+	c.checkError("Name", err, backenderr.BackendUnreachable)
 	return name, err
 }
 
