@@ -66,8 +66,7 @@ func (c *checked) checkError(method string, err error, reasons ...backenderr.Rea
 
 func (c *checked) Name(ctx context.Context) (string, error) {
 	name, err := c.Backend.Name(ctx)
-	// Every answer is checked by its name, also one after which the worker died.
-	c.checkError("Name", err, backenderr.BackendUnreachable)
+	c.checkError("Name", err)
 	return name, err
 }
 
@@ -177,7 +176,11 @@ func (c *checked) Terminate(ctx context.Context, h backend.Handle) (backend.Term
 // checkProvisioned checks that an answer is complete.
 func checkProvisioned(e *env, g backend.Grant, p backend.Provisioned) {
 	i, r := p.Instance, p.Receipt
-	name, err := e.b.Name(backend.WithCaller(e.Context(), owner))
+	asked := e.b
+	if c, ok := asked.(*checked); ok {
+		asked = c.Backend // The suite asks, not the case: the worker may have died since it answered.
+	}
+	name, err := asked.Name(backend.WithCaller(e.Context(), owner))
 	for what, wrong := range map[string]bool{
 		"instance: grant id":                      i.GrantID != g.ID,
 		"instance: handle names another grant":    !names(i.Handle, g.ID),
