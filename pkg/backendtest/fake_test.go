@@ -329,7 +329,7 @@ func (f *fake) start(t testing.TB) (backend.Backend, error) {
 		return nil, err
 	}
 	driver := backendfake.Open(f.provider, runtime.Env(), backendfake.DriverOptions{
-		BootTimeout: 2 * time.Second, UsageInterval: usageInterval, Bugs: f.broken.bugs,
+		BootTimeout: 4 * time.Second, UsageInterval: usageInterval, Bugs: f.broken.bugs,
 		OnDeath: func() {
 			life.Kill()
 			f.crashed()

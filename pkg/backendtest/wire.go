@@ -63,7 +63,9 @@ func serve(e *env, b backend.Backend) *wire {
 		),
 		rpc.ChainStreamInterceptor(func(srv any, stream rpc.ServerStream, info *rpc.StreamServerInfo, next rpc.StreamHandler) error {
 			err := next(srv, callerStream{stream, callerOf(stream.Context())})
-			e.checkStatus(info.FullMethod, err)
+			if stream.Context().Err() == nil { // or it reaches nobody
+				e.checkStatus(info.FullMethod, err)
+			}
 			return err
 		}),
 	)

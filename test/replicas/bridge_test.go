@@ -347,11 +347,23 @@ func (b *bridge) heldBy(h *lab.Host, w *process) {
 	})
 }
 
-// settled waits until each worker has its hosts and the routers see the worker.
+// settled waits until each worker has its hosts, finds nothing wrong with any,
+// and the routers see the worker.
 func (b *bridge) settled() {
 	b.t.Helper()
 	for i, h := range b.hosts {
 		b.heldBy(h, b.workers[i%2])
+	}
+	for _, w := range b.workers {
+		eventually(b.t, func() error {
+			c, err := w.client.Capabilities(call(b.t))
+			for _, warning := range c.Warnings {
+				if !strings.Contains(warning, "held by ") {
+					err = errors.Join(err, fmt.Errorf("%s warns: %s", w.name, warning))
+				}
+			}
+			return err
+		})
 	}
 	for _, r := range b.routers {
 		eventually(b.t, func() error {

@@ -160,6 +160,7 @@ func (h *host) close() {
 // host's lease it takes up what runs there, and then sees whether it is fit for
 // more. It returns when ctx ends.
 func (h *host) follow(ctx context.Context) {
+	unfitPause := retryProbe
 	for ctx.Err() == nil {
 		state, changed := h.conn.Changed()
 		var again <-chan time.Time
@@ -177,9 +178,14 @@ func (h *host) follow(ctx context.Context) {
 			if turned, err = h.turn(ctx, state.Generation); err != nil {
 				pause := retryProbe
 				if unfit(err) {
-					pause = retryUnfit
+					// What a host that has just booted lacks it may have soon; what
+					// an operator must mend takes longer.
+					pause = unfitPause
+					unfitPause = min(2*unfitPause, retryUnfit)
 				}
 				again = time.After(pause)
+			} else {
+				unfitPause = retryProbe
 			}
 		}
 		select {

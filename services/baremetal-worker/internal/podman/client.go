@@ -268,10 +268,10 @@ func (c *Client) LoadImage(ctx context.Context, e Engine, file string) (Image, e
 		if strings.HasPrefix(name, "sha256:") {
 			continue
 		}
-		if result, err = c.run(ctx, e, changeTimeout, "untag", name); err == nil {
-			err = result.Err("podman untag")
+		if result, err = c.run(ctx, e, changeTimeout, "untag", name); err != nil {
+			return Image{}, err
 		}
-		if err != nil {
+		if err := result.Err("podman untag"); err != nil {
 			return Image{}, backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
 		}
 	}
@@ -307,10 +307,10 @@ func (c *Client) DropImages(ctx context.Context, e Engine, images ...string) err
 		return nil
 	}
 	result, err := c.run(ctx, e, changeTimeout, append([]string{"rmi", "--force", "--ignore"}, images...)...)
-	if err == nil {
-		err = result.Err("podman rmi")
-	}
 	if err != nil {
+		return err
+	}
+	if err := result.Err("podman rmi"); err != nil {
 		return backenderr.Wrap(backenderr.HostUnfit, err, "host %s", c.conn.Name())
 	}
 	return nil
