@@ -99,7 +99,7 @@ func terminateCases() []testCase {
 			g, envelope := e.grant()
 			fault := e.f.Inject(Fault{Point: e.f.ReadPoint, Kind: FaultSlow, Always: true})
 			defer fault.Release()
-			ctx, cancel := context.WithTimeout(e.ctx(), 1200*time.Millisecond)
+			ctx, cancel := context.WithTimeout(e.ctx(), 3*time.Second)
 			defer cancel()
 			t, err := e.b.Terminate(ctx, e.handle(g.ID))
 			if err != nil || t.State != backend.StateTerminating {
@@ -200,7 +200,7 @@ func terminateCases() []testCase {
 			for _, point := range e.endPoints() {
 				faults = append(faults, e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID, Always: true}))
 			}
-			ctx, cancel := context.WithTimeout(e.ctx(), 1200*time.Millisecond)
+			ctx, cancel := context.WithTimeout(e.ctx(), 3*time.Second)
 			defer cancel()
 			t, err := e.b.Terminate(ctx, p.Instance.Handle)
 			if err == nil && t.State != backend.StateTerminating {

@@ -35,7 +35,7 @@ func (e *env) short() (backend.Grant, backend.Envelope, backend.Provisioned) {
 		if err == nil {
 			return g, envelope, p
 		}
-		if !backenderr.Is(err, backenderr.GrantEnded) || time.Now().Before(g.ValidTo) || life > e.patience/4 {
+		if !backenderr.Is(err, backenderr.GrantEnded, backenderr.GrantInvalid) || time.Now().Before(g.ValidTo) || life > e.patience/4 {
 			e.Fatalf("Provision until %s from now: %s", life, describe(err))
 		}
 	}

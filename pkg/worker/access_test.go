@@ -176,6 +176,38 @@ func TestRefusalsBeforeAnythingIsSent(t *testing.T) {
 	})
 }
 
+// What one call for a grant finds out before it has claimed it says nothing about
+// another call that has claimed it meanwhile.
+func TestARefusalThatIsOvertakenByAClaimIsUnclear(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := running(t, nil)
+		g, e := grantFor(t, 1)
+		asked, goOn := make(chan struct{}), make(chan struct{})
+		first := true // of the two calls; the second begins when this one waits
+		script(s.driver, &s.driver.satisfies, func(backend.Grant) (backend.Satisfaction, error) {
+			if !first {
+				return backend.Satisfaction{Satisfiable: true}, nil
+			}
+			first = false
+			close(asked)
+			<-goOn
+			return backend.Satisfaction{}, backenderr.New(backenderr.ProviderUnavailable, "no answer")
+		})
+		overtaken := s.begin(as(t, alice), g, e)
+		<-asked
+		made, err := s.Provision(as(t, alice), g, e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		close(goOn)
+		wantReason(t, (<-overtaken).err, backenderr.ProviderUnavailable, backenderr.CreatedUnknown)
+		if again, err := s.Provision(as(t, alice), g, e); err != nil || again.Instance.ID != made.Instance.ID {
+			t.Errorf("the instance afterwards: %+v, %v", again.Instance, err)
+		}
+	})
+}
+
 func TestHandlesOfOthersAreRefused(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
