@@ -268,7 +268,7 @@ func (e *Error) status(message string) *status.Status {
 func utf8Text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
 func (e *Error) created() Created {
-	if e.Created == CreatedNone {
+	if e != nil && e.Created == CreatedNone {
 		return CreatedNone
 	}
 	return CreatedUnknown
@@ -379,7 +379,7 @@ func ReasonOf(err error) Reason {
 }
 
 // CreatedOf returns what exists after err; CreatedUnknown unless err says
-// otherwise.
+// otherwise, and for nil.
 func CreatedOf(err error) Created { return From(err).created() }
 
 // Is reports whether err has one of the reasons.

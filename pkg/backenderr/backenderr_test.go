@@ -346,3 +346,10 @@ func FuzzErrorCrossesTheWire(f *testing.F) {
 		}
 	})
 }
+
+func TestNoErrorSaysNothing(t *testing.T) {
+	t.Parallel()
+	if r, c := backenderr.ReasonOf(nil), backenderr.CreatedOf(nil); r != "" || c != backenderr.CreatedUnknown || backenderr.Is(nil, backenderr.Unknown) {
+		t.Errorf("nil has reason %q, created=%s", r, c)
+	}
+}
