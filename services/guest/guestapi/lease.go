@@ -40,6 +40,9 @@ const (
 // DefaultLeaseTTL is how long a worker may be silent before its connection is ended.
 const DefaultLeaseTTL = 5 * time.Second
 
+// LeaseTicks is in how many steps both sides count how long the other is silent.
+const LeaseTicks = 10
+
 // MaxLeaseHolder bounds a holder's name, in bytes.
 const MaxLeaseHolder = 200
 

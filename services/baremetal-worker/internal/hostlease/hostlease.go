@@ -89,9 +89,11 @@ type Lease struct {
 	status  Status
 	changed chan struct{} // closed and replaced whenever status changes
 	joining map[int]chan error
-	// acknowledged is when the last beat was sent that the host has answered.
-	acknowledged time.Time
-	sent         []time.Time // beats without an answer yet
+	// Time is counted in ticks, of which there are LeaseTicks in a TTL: a tick that
+	// comes late counts once, for a process that stood still hasn't listened.
+	ticks        int
+	acknowledged int   // when the last beat was sent that the host has answered
+	sent         []int // when the beats were sent that have no answer yet
 
 	writing sync.Mutex // one line at a time
 }
@@ -101,7 +103,7 @@ type Lease struct {
 func Start(c Config, stream io.ReadWriteCloser) *Lease {
 	l := &Lease{
 		config: c, stream: stream, done: make(chan struct{}), changed: make(chan struct{}),
-		joining: map[int]chan error{}, acknowledged: time.Now(),
+		joining: map[int]chan error{},
 	}
 	go l.read()
 	go l.beat()
@@ -167,7 +169,7 @@ func (l *Lease) beat() {
 	ttl := l.config.ttl()
 	ticker := time.NewTicker(ttl / beats)
 	defer ticker.Stop()
-	watchdog := time.NewTicker(ttl / beats / 2)
+	watchdog := time.NewTicker(ttl / guestapi.LeaseTicks)
 	defer watchdog.Stop()
 	writes := make(chan error, 1)
 	writes <- nil
@@ -177,10 +179,11 @@ func (l *Lease) beat() {
 			return
 		case <-watchdog.C:
 			l.mu.Lock()
-			silent := time.Since(l.acknowledged)
+			l.ticks++
+			silent := l.ticks - l.acknowledged
 			l.mu.Unlock()
-			if silent > ttl {
-				l.lose(fmt.Errorf("no answer from the host's lease for %s", silent.Round(time.Millisecond)))
+			if silent > guestapi.LeaseTicks {
+				l.lose(fmt.Errorf("no answer from the host's lease for %s", ttl))
 			}
 		case <-ticker.C:
 			// A write may block on a dead network. The watchdog must not.
@@ -199,7 +202,7 @@ func (l *Lease) beat() {
 
 func (l *Lease) sendBeat() error {
 	l.mu.Lock()
-	l.sent = append(l.sent, time.Now())
+	l.sent = append(l.sent, l.ticks)
 	l.mu.Unlock()
 	return l.write(guestapi.LeaseBeat)
 }

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -271,9 +272,9 @@ func TestLease(t *testing.T) {
 		conn, _ := a.start("'" + strings.Join(cfg.Args(), "' '") + "'")
 		standby := Start(cfg, conn)
 		t.Cleanup(standby.Close)
-		await(t, standby, Waiting)
 		first := b.lease("b")
 		await(t, first, Held)
+		await(t, standby, Waiting)
 		first.Close()
 		await(t, standby, Held)
 	})
@@ -296,44 +297,8 @@ func TestLease(t *testing.T) {
 	})
 
 	t.Run("AStoppedWorkerIsCutOff", func(t *testing.T) {
-		lines, feed, err := os.Pipe()
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer feed.Close()
-		known := filepath.Join(t.TempDir(), "known_hosts")
-		if err := os.WriteFile(known, []byte(h.Addr.String()+" "+h.HostKeyLine()+"\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		worker := exec.Command("ssh", "-i", h.UserKeyFile, "-o", "UserKnownHostsFile="+known, "-o", "IdentitiesOnly=yes", "-p", strconv.Itoa(h.SSHPort),
-			"root@"+h.Addr.String(), guestPath+" lease -file "+leaseFile+" -holder stopped -ttl "+ttl.String())
-		out := &bytes.Buffer{}
-		worker.Stdin, worker.Stdout, worker.Stderr = lines, out, os.Stderr
-		if err := worker.Start(); err != nil {
-			t.Fatal(err)
-		}
-		lines.Close()
-		beating, stop := context.WithCancel(t.Context())
-		defer stop()
-		go func() {
-			for beating.Err() == nil {
-				if _, err := feed.WriteString("beat\n"); err != nil {
-					return
-				}
-				select {
-				case <-time.After(ttl / 5):
-				case <-beating.Done():
-				}
-			}
-		}()
+		worker := startWorker(t, h)
 		b := connect(t, h)
-		eventually(t, func() error {
-			out, err := h.Exec(t.Context(), "cat", leaseFile)
-			if err == nil && !strings.Contains(out, "stopped") {
-				err = errors.New(out)
-			}
-			return err
-		})
 		second := b.lease("b")
 		await(t, second, Waiting)
 		if err := worker.Process.Signal(stopSignal); err != nil {
@@ -345,9 +310,41 @@ func TestLease(t *testing.T) {
 		if err := worker.Process.Signal(continueSignal); err != nil {
 			t.Fatal(err)
 		}
-		_ = feed.Close()
-		if err := worker.Wait(); err == nil {
-			t.Error("the stopped worker's session ended well")
+		select {
+		case err := <-worker.ended:
+			if err == nil {
+				t.Error("the stopped worker's session ended well")
+			}
+		case <-time.After(patience):
+			t.Error("the stopped worker's session lives on")
+		}
+	})
+
+	// While a host stands still it hears nothing, which is no fault of the worker's.
+	t.Run("AHostThatStoodStillKeepsTheLease", func(t *testing.T) {
+		worker := startWorker(t, h)
+		pid, err := h.Exec(t.Context(), "pgrep", "-nx", "guest")
+		if err != nil {
+			t.Fatal(err)
+		}
+		pid = strings.TrimSpace(pid)
+		for range 3 {
+			if _, err := h.Exec(t.Context(), "kill", "-STOP", pid); err != nil {
+				t.Fatal(err)
+			}
+			<-time.After(ttl + ttl/2)
+			if _, err := h.Exec(t.Context(), "kill", "-CONT", pid); err != nil {
+				t.Fatal(err)
+			}
+			<-time.After(ttl / 2)
+		}
+		select {
+		case err := <-worker.ended:
+			t.Errorf("the lease has ended: %v", err)
+		default:
+		}
+		if out, err := h.Exec(t.Context(), "flock", "-n", leaseFile, "true"); err == nil {
+			t.Errorf("the lock is free: %s", out)
 		}
 	})
 
@@ -428,4 +425,59 @@ func TestLease(t *testing.T) {
 			t.Error("the file that is there now is not locked")
 		}
 	})
+}
+
+// workerProcess is a worker that can be stopped: an ssh that is fed signs of life.
+type workerProcess struct {
+	*exec.Cmd
+	ended chan error
+}
+
+// startWorker starts one that holds the host's lease.
+func startWorker(t *testing.T, h *lab.Host) *workerProcess {
+	t.Helper()
+	lines, feed, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := filepath.Join(t.TempDir(), "known_hosts")
+	if err := os.WriteFile(known, []byte(h.Addr.String()+" "+h.HostKeyLine()+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	w := &workerProcess{ended: make(chan error, 1), Cmd: exec.Command("ssh",
+		"-i", h.UserKeyFile, "-o", "UserKnownHostsFile="+known, "-o", "IdentitiesOnly=yes", "-p", strconv.Itoa(h.SSHPort),
+		"root@"+h.Addr.String(), guestPath+" lease -file "+leaseFile+" -holder stopped -ttl "+ttl.String())}
+	w.Stdin, w.Stdout, w.Stderr = lines, io.Discard, os.Stderr
+	if err := w.Start(); err != nil {
+		t.Fatal(err)
+	}
+	_ = lines.Close()
+	beating, stop := context.WithCancel(context.Background())
+	var routines sync.WaitGroup
+	routines.Go(func() {
+		for beating.Err() == nil {
+			if _, err := feed.WriteString("beat\n"); err != nil {
+				return
+			}
+			select {
+			case <-time.After(ttl / 5):
+			case <-beating.Done():
+			}
+		}
+	})
+	routines.Go(func() { w.ended <- w.Wait() })
+	t.Cleanup(func() {
+		stop()
+		_ = feed.Close()
+		_ = w.Process.Kill() // it may have ended
+		routines.Wait()
+	})
+	eventually(t, func() error {
+		out, err := h.Exec(t.Context(), "cat", leaseFile)
+		if err == nil && !strings.Contains(out, "stopped") {
+			err = errors.New(out)
+		}
+		return err
+	})
+	return w
 }

@@ -109,8 +109,11 @@ type lease struct {
 
 // serve talks with the worker until the lease must end, and says why.
 func (l *lease) serve(ctx context.Context, in <-chan string, locked <-chan error, waiting bool) (reason string) {
-	silence := time.NewTimer(l.req.TTL)
-	defer silence.Stop()
+	// A tick that comes late counts once: while this process stood still, in a
+	// machine that was paused or starved, it could not listen either.
+	tick := time.NewTicker(l.req.TTL / guestapi.LeaseTicks)
+	defer tick.Stop()
+	silent := 0
 	var told string // the holder
 	// A worker that waits hears who holds the lease, and when that changes.
 	tell := func() bool {
@@ -126,7 +129,10 @@ func (l *lease) serve(ctx context.Context, in <-chan string, locked <-chan error
 		select {
 		case <-ctx.Done():
 			return "asked to end"
-		case <-silence.C:
+		case <-tick.C:
+			if silent++; silent <= guestapi.LeaseTicks {
+				continue
+			}
 			return fmt.Sprintf("no sign of life within %s", l.req.TTL)
 		case err := <-locked:
 			if err == nil {
@@ -143,7 +149,7 @@ func (l *lease) serve(ctx context.Context, in <-chan string, locked <-chan error
 			if !ok {
 				return "the worker's session has ended"
 			}
-			silence.Reset(l.req.TTL)
+			silent = 0
 			if !l.answer(line) || !tell() {
 				return "the worker doesn't read"
 			}
