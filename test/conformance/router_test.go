@@ -8,7 +8,8 @@ import (
 
 // TestLongARouterBeforeAWorkerHonoursTheContract holds the built router, with
 // the built worker behind it, to the Backend contract: whoever calls can't tell
-// them from a worker. What dies are both processes at once.
+// them from a worker. What dies are both processes at once. What a router adds to
+// the other groups, it shows in its own conformance tests, before fakes.
 func TestLongARouterBeforeAWorkerHonoursTheContract(t *testing.T) {
 	g := newGround(t)
 	skip := exceptedOnHosts()
@@ -20,7 +21,7 @@ func TestLongARouterBeforeAWorkerHonoursTheContract(t *testing.T) {
 			b.routeTo(t, b.worker.Addr())
 			return b.fixture(t)
 		},
-		Only:       ordinary,
+		Only:       []string{"identity", "provision", "watch", "terminate", "ownership"},
 		Sweep:      backendtest.Sweep{Sample: 3},
 		Skip:       skip,
 		DirectOnly: true,

@@ -45,14 +45,17 @@ const (
 	suiteOrphanAge     = 5 * time.Second
 )
 
-// TestLongConformance holds the driver to the Backend contract, on lab hosts that
-// all cases share: what a case leaves behind fails that case, by a quick look,
-// and at the end the hosts are searched thoroughly. Each sweep takes some of the
-// calls that the worker makes to its hosts and to its ledger, at random. The
-// short tests have the same suite, over gRPC, for the built worker: see
+// TestLongConformance holds the driver to the Backend contract where something
+// goes wrong, on lab hosts that all cases share: what a case leaves behind fails
+// that case, by a quick look, and at the end the hosts are searched thoroughly.
+// Each sweep takes some of the calls that the worker makes to its hosts and to
+// its ledger, at random. The rest of the suite is for the built worker: see
 // test/conformance.
 func TestLongConformance(t *testing.T) {
-	conform(t, backendtest.Harness{Skip: exceptedOnHosts(), DirectOnly: true, Sweep: backendtest.Sweep{Sample: 6, Parallel: 4}})
+	conform(t, backendtest.Harness{
+		Only: []string{"errors", "crash", "faults", "orphans"},
+		Skip: exceptedOnHosts(), DirectOnly: true, Sweep: backendtest.Sweep{Sample: 6, Parallel: 4},
+	})
 }
 
 // conform runs the suite. Each of its fixtures has hosts of its own.
