@@ -107,10 +107,14 @@ func crashCases() []testCase {
 		{name: "crash/during a watch until the deadline", needs: needs(), direct: true, run: func(e *env) {
 			e.crashes(script{
 				prepare: func(r *run) {
-					g, envelope, p := r.short()
-					r.g, r.envelope = g, envelope
-					r.told(p)
-					r.attended()
+					for life := r.f.ShortestLife; ; life *= 2 {
+						g, envelope, p := r.shortFrom(life)
+						r.g, r.envelope = g, envelope
+						if r.attended() {
+							r.told(p)
+							return
+						}
+					}
 				},
 				act: func(r *run) error {
 					ctx, cancel := r.limited()
@@ -275,20 +279,37 @@ func provisions(r *run) error {
 func isReady(r *run) {
 	r.Helper()
 	r.told(r.provision(r.g, r.envelope))
-	r.attended()
+	if !r.attended() {
+		r.Fatalf("the grant ended by itself")
+	}
 }
 
 // attended waits until the worker watches the instance, so that the calls by
-// which it begins to don't mix with those that follow.
-func (r *run) attended() {
+// which it begins to don't mix with those that follow. It returns false if the
+// grant ends before that.
+func (r *run) attended() bool {
 	r.Helper()
 	if r.f.UsageInterval == 0 {
-		return
+		return true
 	}
 	ctx, cancel := context.WithCancel(r.ctx())
 	defer cancel()
-	for w := r.watch(ctx, r.handle(r.g.ID)); receive(r.env, "usage so far", w.events).Usage == nil; {
-		continue
+	w := r.watch(ctx, r.handle(r.g.ID))
+	patience := time.After(r.patience)
+	for {
+		select {
+		case event := <-w.events:
+			if event.Usage != nil {
+				return true
+			}
+		case err := <-w.done:
+			if err != nil {
+				r.Fatalf("WatchUntilExit: %s", describe(err))
+			}
+			return false
+		case <-patience:
+			r.Fatalf("waited %s for usage so far", r.patience)
+		}
 	}
 }
 

@@ -28,7 +28,13 @@ func (e *env) exit(id backend.GrantID, status ExitStatus) {
 // may be too near: then it takes a later one.
 func (e *env) short() (backend.Grant, backend.Envelope, backend.Provisioned) {
 	e.Helper()
-	for life := e.f.ShortestLife; ; life *= 2 {
+	return e.shortFrom(e.f.ShortestLife)
+}
+
+// shortFrom does so with at least a given time from Provision to the deadline.
+func (e *env) shortFrom(life time.Duration) (backend.Grant, backend.Envelope, backend.Provisioned) {
+	e.Helper()
+	for ; ; life *= 2 {
 		g, envelope := e.grant()
 		g.ValidTo = time.Now().Add(life).UTC().Truncate(time.Microsecond)
 		p, err := e.b.Provision(e.ctx(), g, envelope)

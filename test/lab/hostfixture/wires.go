@@ -164,12 +164,15 @@ func faultsOf(c backendtest.Call) map[backendtest.FaultKind][]backenderr.Reason 
 	}
 	host := []backenderr.Reason{backenderr.HostUnfit, backenderr.ProviderUnavailable, backenderr.BootTimeout}
 	away := []backenderr.Reason{backenderr.ProviderUnavailable, backenderr.BootTimeout}
+	// Provision waits for a host that it has begun on as long as its caller does,
+	// be it that the host is slow, or that each answer is the connection's last.
+	slow := append([]backenderr.Reason{backenderr.DeadlineExceeded}, away...)
 	return map[backendtest.FaultKind][]backenderr.Reason{
 		backendtest.FaultCapacity:    host,
 		backendtest.FaultDenied:      host,
 		backendtest.FaultThrottled:   host,
 		backendtest.FaultUnavailable: host,
-		backendtest.FaultLostAnswer:  away,
-		backendtest.FaultSlow:        append([]backenderr.Reason{backenderr.DeadlineExceeded}, away...),
+		backendtest.FaultLostAnswer:  slow,
+		backendtest.FaultSlow:        slow,
 	}
 }
