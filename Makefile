@@ -155,8 +155,9 @@ ALL_PACKAGES = $$(go list work | awk '/\/compute-bridge\/test(\/|$$)|conformance
 # Tests whose names begin with TestLong take minutes each. They are run by
 # `make test-long`, all others by `make test`; nothing is skipped by either. The
 # long ones repeat thousands of times what the others do once under the race
-# detector, and go without it: it would take a third of what is swept.
-LONG_PACKAGES = $$(grep -rl --include='*_test.go' '^func TestLong' . | xargs -r dirname | sort -u)
+# detector, and go without it: it would take a third of what is swept. The one
+# that takes longest begins first.
+LONG_PACKAGES = $$(grep -rl --include='*_test.go' '^func TestLong' . | xargs -r dirname | sort -ru)
 
 GO_TEST = GOTESTSUM=$(GOTESTSUM) RESULTS=$(TOOLS)/results scripts/test $(1) -shuffle=on -p $(P)
 
