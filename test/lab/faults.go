@@ -146,16 +146,22 @@ const fillFile = "/var/.lab-fill"
 
 // FillDisk fills the host's disk to the last block: writes fail with ENOSPC.
 func (h *Host) FillDisk(ctx context.Context) error {
-	// fallocate takes nearly all at once; cat takes the rest until it fails.
+	// fallocate takes nearly all at once; cat takes the rest until it fails, and
+	// again what others, who meet a full disk, give back: journald its oldest file.
 	_, err := h.Exec(ctx, "sh", "-c", `
-		free=$(df --output=avail -B1 /var | tail -n 1)
+		free() { df --output=avail -B1 /var | tail -n 1; }
+		free=$(free)
 		while [ "$free" -gt 1048576 ]; do
 			fallocate -l "$free" "$1" 2>/dev/null && break
 			free=$((free - free / 64))
 		done
-		cat /dev/zero 2>/dev/null >"$1".rest
-		sync -f /var
-		[ "$(df --output=avail -B1 /var | tail -n 1)" -lt 65536 ]`, "sh", fillFile)
+		for n in 1 2 3 4 5 6 7 8 9; do
+			cat /dev/zero 2>/dev/null >"$1.$n"
+			sync -f /var
+			[ "$(free)" -ge 65536 ] || exit 0
+		done
+		echo "$(free) bytes are still free" >&2
+		exit 1`, "sh", fillFile)
 	if err != nil {
 		return fmt.Errorf("fill the disk: %w", err)
 	}
@@ -164,7 +170,7 @@ func (h *Host) FillDisk(ctx context.Context) error {
 
 // FreeDisk ends FillDisk.
 func (h *Host) FreeDisk(ctx context.Context) error {
-	_, err := h.Exec(ctx, "rm", "-f", fillFile, fillFile+".rest")
+	_, err := h.Exec(ctx, "sh", "-c", `rm -f "$1" "$1".*`, "sh", fillFile)
 	return err
 }
 
