@@ -36,4 +36,11 @@ const (
 	BugEveryBridge Bug = "every bridge"
 	// BugResumes: an attempt whose undoing was cut off is taken up again.
 	BugResumes Bug = "resumes"
+	// BugNoCheck: nobody looks for the grant's closure right before a create.
+	BugNoCheck Bug = "no check"
+	// BugArmsLate: an instance gets its deadline only once it is ready.
+	BugArmsLate Bug = "arms late"
+	// BugEndsAgain: what has ended is said to have ended just now, each time that
+	// it is asked for.
+	BugEndsAgain Bug = "ends again"
 )

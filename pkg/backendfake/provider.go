@@ -408,10 +408,8 @@ func (p *Provider) make(r request) (*instance, error) {
 	}
 	p.instances[r.name] = i
 	p.remember(r.id)
-	if !p.options.IgnoreDeadlines {
-		i.deadline = time.AfterFunc(time.Until(r.validTo), func() {
-			p.locked(func() { p.end(i, backend.Exit{Reason: backend.EndDeadline}, "") })
-		})
+	if !r.validTo.IsZero() {
+		p.endAt(i, r.validTo)
 	}
 	start := func() { p.start(i) }
 	if p.options.BootTime == 0 {
@@ -420,6 +418,28 @@ func (p *Provider) make(r request) (*instance, error) {
 		i.boot = time.AfterFunc(p.options.BootTime, func() { p.locked(start) })
 	}
 	return i, nil
+}
+
+// endAt has the platform end an instance. The mutex is held.
+func (p *Provider) endAt(i *instance, deadline time.Time) {
+	if p.options.IgnoreDeadlines {
+		return
+	}
+	i.deadline = time.AfterFunc(time.Until(deadline), func() {
+		p.locked(func() { p.end(i, backend.Exit{Reason: backend.EndDeadline}, "") })
+	})
+}
+
+// arm gives a deadline to an instance that has none, for [BugArmsLate].
+func (p *Provider) arm(from *process, v view, deadline time.Time) view {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if i := p.instances[v.name]; i != nil && !from.dead() && i.validTo.IsZero() {
+		i.validTo = deadline
+		p.endAt(i, deadline)
+	}
+	v.validTo = deadline
+	return v
 }
 
 func (p *Provider) locked(do func()) {

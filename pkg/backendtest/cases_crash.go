@@ -160,6 +160,9 @@ func crashCases() []testCase {
 			})
 		}},
 		{name: "orphans/only what is over, and the bridge's own, is swept", needs: needs(needOrphanAge, needPlant), direct: true, run: func(e *env) {
+			// What lives is of an earlier process and of this one.
+			earlierGrant, earlierEnvelope, earlier := e.ready()
+			e.reopen()
 			g, envelope, p := e.ready()
 			plant := func(bridge string, validTo time.Time) Planted {
 				other, _ := e.f.Satisfiable()
@@ -190,7 +193,16 @@ func crashCases() []testCase {
 			if !there(running) {
 				e.Errorf("what is within its deadline was swept, which another ledger may know of")
 			}
-			e.same("answers before and after a sweep", p, e.provision(g, envelope))
+			for _, live := range []struct {
+				g        backend.Grant
+				envelope backend.Envelope
+				p        backend.Provisioned
+			}{{g, envelope, p}, {earlierGrant, earlierEnvelope, earlier}} {
+				if state := (&run{env: e, g: live.g}).state(); state != backend.StateReady || !there(Planted{GrantID: live.g.ID}) {
+					e.Errorf("after some sweeps a live grant is %s", state)
+				}
+				e.same("answers before and after a sweep", live.p, e.provision(live.g, live.envelope))
+			}
 			for _, planted := range []Planted{others, running} {
 				if err := e.f.Uproot(e.ctx(), planted); err != nil {
 					e.Errorf("Uproot: %v", err)

@@ -70,6 +70,47 @@ func (e *env) open(key *ecdh.PrivateKey, r backend.Receipt) redact.Secret {
 	return redact.New(plain)
 }
 
+// firstPoint returns the first provider call that a new grant's Provision makes
+// for it.
+func (e *env) firstPoint() string {
+	e.Helper()
+	g, envelope := e.grant()
+	stop := e.f.Record(g.ID)
+	p := e.provision(g, envelope)
+	calls := stop()
+	e.terminate(p.Instance.Handle)
+	n := slices.IndexFunc(calls, func(c Call) bool { return c.Side == SideProvider })
+	if n < 0 {
+		e.Fatalf("Provision made no call to the provider")
+	}
+	return calls[n].Point
+}
+
+// closedAt provisions a new grant that another process closes while a provider
+// call of Provision is held. It returns Provision's error, which must be that the
+// grant has ended, and ends the grant.
+func (e *env) closedAt(point string) (backend.Grant, error) {
+	e.Helper()
+	g, envelope := e.grant()
+	hold := e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID})
+	defer hold.Release()
+	call := e.begin(e.ctx(), g, envelope)
+	receive(e, "the provider call "+point, hold.Reached())
+	if err := e.f.CloseGrant(e.ctx(), g.ID); err != nil {
+		e.Fatalf("CloseGrant: %v", err)
+	}
+	hold.Release()
+	o := receive(e, "Provision", call)
+	e.want(o.err, "Provision of a grant that another process closed during "+point, backenderr.GrantEnded)
+	if left := e.left(g.ID); o.err != nil && backenderr.CreatedOf(o.err) == backenderr.CreatedNone && len(left) > 0 {
+		e.Errorf("closed during %s: Provision says created=none while %v exists", point, left)
+	}
+	e.terminate(e.handle(g.ID))
+	_, err := e.b.Provision(e.ctx(), g, envelope)
+	e.want(err, "Provision, once more, of a grant that another process closed during "+point, backenderr.GrantEnded)
+	return g, o.err
+}
+
 func withoutComment(line string) string {
 	fields := strings.Fields(line)
 	return strings.Join(fields[:min(2, len(fields))], " ")
@@ -495,6 +536,19 @@ func provisionCases() []testCase {
 			e.want(err, "Provision of a closed grant", backenderr.GrantEnded)
 			e.wantNone(err, "Provision of a closed grant")
 			e.created(g.ID, 0)
+		}},
+		{name: "provision/a closure by another process is seen before anything is made", needs: []need{needInject, needHistory, needClose}, run: func(e *env) {
+			// A worker that has seen no closure yet looks again right before it creates.
+			g, err := e.closedAt(e.firstPoint())
+			e.wantNone(err, "Provision of a grant that was closed before it was made")
+			if n := e.f.History(g.ID).Created; n > 0 {
+				e.Errorf("%d instances were made of a grant that was closed", n)
+			}
+		}},
+		{name: "provision/a closure by another process is seen before it is ready", needs: []need{needInject, needClose}, run: func(e *env) {
+			for _, point := range e.provisionPoints() {
+				e.closedAt(point)
+			}
 		}},
 		{name: "provision/what is passed and returned isn't shared", run: func(e *env) {
 			g, envelope := e.grant()

@@ -47,6 +47,34 @@ func (e *env) shortFrom(life time.Duration) (backend.Grant, backend.Envelope, ba
 	}
 }
 
+// cutOffWithShortLife begins to provision a new grant whose deadline is near, and
+// has the worker die the moment that the instance is created. It takes a later
+// deadline if the worker doesn't get as far on a busy machine.
+func (e *env) cutOffWithShortLife() backend.Grant {
+	e.Helper()
+	for life := e.f.ShortestLife; life <= e.patience/2; life *= 2 {
+		g, envelope := e.grant()
+		g.ValidTo = time.Now().Add(life).UTC().Truncate(time.Microsecond)
+		crash := e.f.Inject(Fault{Point: e.f.CreatePoint, Kind: FaultCrashAfter, GrantID: g.ID})
+		ctx := e.ctx()
+		acted := make(chan error, 1)
+		go func() {
+			_, err := e.b.Provision(ctx, g, envelope)
+			acted <- err
+		}()
+		reached, err := e.reaches(crash, acted, e.cut)
+		crash.Release()
+		if reached {
+			return g
+		}
+		if !backenderr.Is(err, backenderr.GrantEnded, backenderr.GrantInvalid) {
+			e.Fatalf("Provision until %s from now, in which the worker was to die: %s", life, describe(err))
+		}
+	}
+	e.Fatalf("the worker never came as far as to create an instance within %s", e.patience/2)
+	return backend.Grant{}
+}
+
 // checkLog checks the final compute log of a grant that was ready as p says.
 func (e *env) checkLog(p backend.Provisioned, signed *backend.SignedLog, reason backend.EndReason) {
 	e.Helper()
@@ -314,6 +342,20 @@ func watchCases() []testCase {
 			e.eventually("nothing runs after the deadline, with the worker dead", func() bool { return !e.f.Runs(g.ID) })
 			e.reopen()
 			e.checkLog(p, e.watch(e.ctx(), p.Instance.Handle).log(), backend.EndDeadline)
+		}},
+		{name: "watch/the deadline needs no worker, even one that died as it created", needs: []need{needKill, needInject}, run: func(e *env) {
+			if slices.ContainsFunc(e.capabilities().Regions, func(r backend.RegionCapabilities) bool { return r.Enforcement != backend.EnforcedByPlatform }) {
+				return // A weaker enforcement promises less.
+			}
+			g := e.cutOffWithShortLife()
+			timer := time.NewTimer(time.Until(g.ValidTo))
+			defer timer.Stop()
+			<-timer.C // Before, it may be that nothing runs yet.
+			e.eventually("nothing runs after the deadline, with the worker dead since it created it", func() bool { return !e.f.Runs(g.ID) })
+			e.reopen()
+			if log := e.terminate(e.handle(g.ID)); log == nil || log.Log.Exit.Reason != backend.EndDeadline {
+				e.Errorf("the final log of what ended at its deadline is %+v", log)
+			}
 		}},
 		{name: "watch/unknown and malformed handles", run: func(e *env) {
 			g, _ := e.f.Satisfiable()

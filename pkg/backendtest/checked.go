@@ -1,6 +1,7 @@
 package backendtest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"slices"
@@ -106,7 +107,7 @@ func (c *checked) Provision(ctx context.Context, g backend.Grant, envelope backe
 }
 
 func (c *checked) WatchUntilExit(ctx context.Context, h backend.Handle, emit func(backend.Event) error) error {
-	n, over := 0, false
+	n, over, last := 0, false, uint32(0)
 	err := c.Backend.WatchUntilExit(ctx, h, func(event backend.Event) error {
 		set := 0
 		for _, is := range []bool{event.Instance != nil, event.Usage != nil, event.Heartbeat, event.Log != nil} {
@@ -127,8 +128,17 @@ func (c *checked) WatchUntilExit(ctx context.Context, h backend.Handle, emit fun
 		}
 		n++
 		over = event.Log != nil
-		if over && !event.Log.Log.Final {
+		switch {
+		case over && !event.Log.Log.Final:
 			c.e.Errorf("the compute log that ends a watch is not final")
+		case over && event.Log.Log.Sequence <= last:
+			c.e.Errorf("the final compute log has number %d, an earlier log of the same watch %d", event.Log.Log.Sequence, last)
+		case over:
+			c.e.onlyFinal(event.Log)
+		case event.Usage != nil && event.Usage.Log.Sequence < last:
+			c.e.Errorf("the numbers of a watch's logs go from %d back to %d", last, event.Usage.Log.Sequence)
+		case event.Usage != nil:
+			last = event.Usage.Log.Sequence
 		}
 		return emit(event)
 	})
@@ -140,6 +150,28 @@ func (c *checked) WatchUntilExit(ctx context.Context, h backend.Handle, emit fun
 		c.e.Errorf("a watch ended well without the compute log")
 	}
 	return err
+}
+
+// onlyFinal fails if another final log of the grant was seen before. A grant has
+// one, whoever asks and however often: it is what is paid for.
+func (e *env) onlyFinal(log *backend.SignedLog) {
+	id := log.Log.GrantID
+	e.mu.Lock()
+	first, seen := e.finals[id]
+	if !seen {
+		if e.finals == nil {
+			e.finals = map[backend.GrantID]backend.SignedLog{}
+		}
+		first = *log
+		// The cases spoil what they are given.
+		first.Body, first.Signature = bytes.Clone(log.Body), bytes.Clone(log.Signature)
+		e.finals[id] = first
+	}
+	e.mu.Unlock()
+	if !bytes.Equal(first.Body, log.Body) || !bytes.Equal(first.Signature, log.Signature) || first.KeyID != log.KeyID {
+		e.Errorf("grant %s has two final compute logs: number %d ended at %s, number %d at %s", id,
+			first.Log.Sequence, first.Log.EndedAt, log.Log.Sequence, log.Log.EndedAt)
+	}
 }
 
 // emitError is an error of a watcher's own.
@@ -164,8 +196,12 @@ func (c *checked) Terminate(ctx context.Context, h backend.Handle) (backend.Term
 		if left := c.e.left(id); len(left) > 0 {
 			c.e.Errorf("Terminate answered TERMINATED while the provider holds %v", left)
 		}
-		if t.Log != nil && !t.Log.Log.Final {
+		switch {
+		case t.Log == nil:
+		case !t.Log.Log.Final:
 			c.e.Errorf("Terminate answered TERMINATED with a log that is not final")
+		default:
+			c.e.onlyFinal(t.Log)
 		}
 	default:
 		c.e.Errorf("Terminate answered %s", t.State)

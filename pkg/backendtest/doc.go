@@ -21,7 +21,8 @@
 // Some things hold in every case and are checked all the time: errors are
 // classified, their reasons are those of the method, what they say about what
 // exists is true; TERMINATED means that nothing is left; a grant never has two
-// instances at once; watches begin with the state and end with the log; no
-// secret is in an error or a log. Every case ends by ending its grants, after
-// which the provider must hold nothing, and goroutines must be gone.
+// instances at once, nor two final logs; watches begin with the state and end
+// with the log, and their logs' numbers don't go back; no secret is in an error
+// or a log. Every case ends by ending its grants, after which the provider must
+// hold nothing, and goroutines must be gone.
 package backendtest

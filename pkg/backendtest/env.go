@@ -54,6 +54,7 @@ type env struct {
 	where   string
 	granted []backend.GrantID
 	secrets []string
+	finals  map[backend.GrantID]backend.SignedLog // the first of each grant that was seen
 }
 
 func newEnv(t testing.TB, h Harness, f *Fixture, m mode) *env {

@@ -41,6 +41,9 @@ type breakage struct {
 	amnesia bool
 	// ledger wraps what the worker has of the ledger.
 	ledger func(worker.Ledger) worker.Ledger
+	// janitor, if not nil, runs beside each worker, on its part of the provider,
+	// until ctx ends.
+	janitor func(ctx context.Context, l *ledger.Ledger, d *backendfake.Driver)
 	// backend wraps the whole.
 	backend func(backend.Backend) backend.Backend
 }
@@ -60,6 +63,8 @@ type fake struct {
 	runtime *worker.Runtime
 	driver  *backendfake.Driver
 	crashes []*fakeCrash
+	// dismiss ends the janitor.
+	dismiss func()
 }
 
 // fakeCrash is a crash that is waiting or done.
@@ -197,6 +202,9 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 			return f.start(t)
 		},
 		Kill: f.kill,
+		CloseGrant: func(ctx context.Context, id backend.GrantID) error {
+			return ledgertest.CloseGrant(ctx, f.ledger, ledger.RequestID(id), backend.EndTerminated.String())
+		},
 		Plant: func(_ context.Context, p Planted) error {
 			f.provider.Plant(cmp.Or(p.Bridge, "test"), p.GrantID, p.ValidTo)
 			return nil
@@ -342,18 +350,38 @@ func (f *fake) start(t testing.TB) (backend.Backend, error) {
 		f.stop()
 		return nil, err
 	}
+	if f.broken.janitor != nil {
+		f.employ(t, driver)
+	}
 	if f.broken.backend != nil {
 		return f.broken.backend(runtime), nil
 	}
 	return runtime, nil
 }
 
+// employ runs the janitor until the worker stops.
+func (f *fake) employ(t testing.TB, driver *backendfake.Driver) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var working sync.WaitGroup
+	working.Go(func() { f.broken.janitor(ctx, f.ledger, driver) })
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.dismiss = func() {
+		cancel()
+		working.Wait()
+	}
+}
+
 // stop stops the worker process in good order, if it isn't dead.
 func (f *fake) stop() {
 	f.mu.Lock()
-	runtime := f.runtime
-	f.runtime = nil
+	runtime, dismiss := f.runtime, f.dismiss
+	f.runtime, f.dismiss = nil, nil
 	f.mu.Unlock()
+	if dismiss != nil {
+		dismiss()
+	}
 	if runtime != nil {
 		runtime.Close()
 	}

@@ -141,6 +141,11 @@ type Fixture struct {
 	// Uproot removes what Plant put there.
 	Uproot func(ctx context.Context, p Planted) error
 
+	// CloseGrant closes a grant in the worker's ledger behind its back, as another
+	// process of the same bridge does: a replica that was asked to Terminate, or
+	// the janitor. Optional.
+	CloseGrant func(ctx context.Context, id backend.GrantID) error
+
 	// Runs tells whether an instance of a grant runs, as the provider itself
 	// knows. It comes with Kill.
 	Runs func(id backend.GrantID) bool
@@ -313,6 +318,7 @@ const (
 	needLogin     need = "Login"
 	needOrphanAge need = "OrphanAge"
 	needPlant     need = "Plant"
+	needClose     need = "CloseGrant"
 )
 
 func (f *Fixture) has(n need) bool {
@@ -343,6 +349,8 @@ func (f *Fixture) has(n need) bool {
 		return f.Plant != nil && f.Uproot != nil
 	case needLogin:
 		return f.Login != nil
+	case needClose:
+		return f.CloseGrant != nil
 	}
 	return false
 }

@@ -2,6 +2,7 @@ package backendtest
 
 import (
 	"context"
+	"crypto/ed25519"
 	"crypto/rand"
 	"errors"
 	"fmt"
@@ -12,9 +13,12 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/protobuf/proto"
+
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
+	"github.com/compute-bridge/compute-bridge/pkg/backendgrpc"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
 )
@@ -171,6 +175,9 @@ func newAnswers() *answers {
 	return &answers{grants: map[backend.GrantID]backend.Grant{}, ready: map[backend.GrantID]backend.Provisioned{}}
 }
 
+// armedCase is about the moment between the creation and the answer.
+const armedCase = "watch/the deadline needs no worker, even one that died as it created"
+
 // broken is a table of backends that each break one promise, and the cases
 // that must notice.
 func broken(t *testing.T) map[string]struct {
@@ -183,6 +190,7 @@ func broken(t *testing.T) map[string]struct {
 		caughtBy []string
 	}
 	first, conflicts, shared, again := newAnswers(), newAnswers(), newAnswers(), newAnswers()
+	rewritten := &rewrites{finals: map[ledger.RequestID]ledger.Log{}}
 	release := make(chan struct{})
 	t.Cleanup(func() { close(release) })
 	return map[string]entry{
@@ -210,6 +218,22 @@ func broken(t *testing.T) map[string]struct {
 		"closes a grant after its end": {breakage{ledger: func(l worker.Ledger) worker.Ledger {
 			return &lateClosures{Ledger: l, late: map[ledger.RequestID]ledger.Closure{}}
 		}}, []string{"crash/during Terminate, which nobody retries"}},
+		"doesn't look for a closure before it creates": {buggy(backendfake.BugNoCheck), []string{
+			"provision/a closure by another process is seen before anything is made",
+		}},
+		"doesn't look for a closure before it answers": {breakage{ledger: func(l worker.Ledger) worker.Ledger { return noClosures{l} }}, []string{
+			"provision/a closure by another process is seen before it is ready",
+		}},
+		"writes the final log twice": {breakage{bugs: []backendfake.Bug{backendfake.BugEndsAgain}, ledger: rewritten.wrap}, []string{
+			"terminate/again answers the same", "terminate/leaves nothing and tells what was used", "watch/answers after the end and a restart",
+			"crash/during Terminate, which is then retried",
+		}},
+		"counts its logs backwards": {breakage{backend: func(b backend.Backend) backend.Backend { return backwards(b) }}, []string{
+			"watch/usage so far grows and is signed",
+		}},
+		"gives the final log an earlier number": {breakage{backend: func(b backend.Backend) backend.Backend { return finalFirst(b) }}, []string{
+			"watch/usage so far grows and is signed", "crash/during a watch until the workload's end",
+		}},
 		"forgets the final log": {breakage{ledger: func(l worker.Ledger) worker.Ledger { return noFinals{l} }}, []string{
 			"terminate/again answers the same", "faults/at each call of Terminate",
 		}},
@@ -236,6 +260,10 @@ func broken(t *testing.T) map[string]struct {
 			breakage{provider: func(o *backendfake.Options) { o.IgnoreDeadlines = true }},
 			[]string{"watch/the deadline needs no worker"},
 		},
+		"arms the end after the beginning": {buggy(backendfake.BugArmsLate), []string{armedCase}},
+		"sweeps what lives": {breakage{orphanAge: withOrphans.orphanAge, janitor: sweepsWhatLives}, []string{
+			"orphans/only what is over, and the bridge's own, is swept",
+		}},
 		"ignores conflicts": {wrapped(wrap{provision: func(ctx context.Context, b backend.Backend, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
 			conflicts.mu.Lock()
 			known, ok := conflicts.ready[g.ID]
@@ -452,6 +480,133 @@ type noFinals struct{ worker.Ledger }
 func (noFinals) PutFinal(_ context.Context, g ledger.Log) (ledger.Log, bool, error) {
 	g.Final = true
 	return g, true, nil
+}
+
+// rewrites is where the ledgers of all lives keep final logs: the last one that
+// was written, and nobody learns that there was one before.
+type rewrites struct {
+	mu     sync.Mutex
+	finals map[ledger.RequestID]ledger.Log
+}
+
+func (r *rewrites) wrap(l worker.Ledger) worker.Ledger { return rewriting{l, r} }
+
+type rewriting struct {
+	worker.Ledger
+	all *rewrites
+}
+
+func (r rewriting) PutFinal(_ context.Context, g ledger.Log) (ledger.Log, bool, error) {
+	r.all.mu.Lock()
+	defer r.all.mu.Unlock()
+	g.Final = true
+	r.all.finals[g.RequestID] = g
+	return g, true, nil
+}
+
+func (r rewriting) Log(ctx context.Context, id ledger.RequestID) (ledger.Log, error) {
+	r.all.mu.Lock()
+	g, ok := r.all.finals[id]
+	r.all.mu.Unlock()
+	if ok {
+		return g, nil
+	}
+	return r.Ledger.Log(ctx, id)
+}
+
+// renumbers gives logs other numbers, and signs them as a worker does.
+type renumbers struct {
+	backend.Backend
+	key ed25519.PrivateKey
+	// number is that of the nth log of a watch.
+	number func(n int, final bool) uint32
+}
+
+// Numbers that a worker might have used up before it died, if it began again
+// from 1.
+const highNumber = 1000
+
+func renumbered(b backend.Backend, number func(n int, final bool) uint32) backend.Backend {
+	_, key, _ := ed25519.GenerateKey(rand.Reader) // Never fails.
+	return &renumbers{Backend: b, key: key, number: number}
+}
+
+func backwards(b backend.Backend) backend.Backend {
+	return renumbered(b, func(n int, final bool) uint32 {
+		if final {
+			return 2 * highNumber
+		}
+		return highNumber - uint32(n)
+	})
+}
+
+func finalFirst(b backend.Backend) backend.Backend {
+	return renumbered(b, func(_ int, final bool) uint32 {
+		if final {
+			return 2
+		}
+		return highNumber
+	})
+}
+
+const renumbersKeyID = "renumbers"
+
+func (r *renumbers) Capabilities(ctx context.Context) (backend.Capabilities, error) {
+	c, err := r.Backend.Capabilities(ctx)
+	c.LogKeys = append(c.LogKeys, backend.LogKey{ID: renumbersKeyID, PublicKey: r.key.Public().(ed25519.PublicKey)})
+	return c, err
+}
+
+func (r *renumbers) sign(log *backend.SignedLog, n int) *backend.SignedLog {
+	if log == nil {
+		return nil
+	}
+	out := *log
+	out.Log.Sequence = r.number(n, log.Log.Final)
+	out.Body, _ = proto.Marshal(backendgrpc.LogToProto(out.Log)) // It was marshalled before.
+	out.KeyID, out.Signature = renumbersKeyID, ed25519.Sign(r.key, slices.Concat([]byte("compute-bridge/v1/compute-log\x00"), out.Body))
+	return &out
+}
+
+func (r *renumbers) WatchUntilExit(ctx context.Context, h backend.Handle, emit func(backend.Event) error) error {
+	n := 0
+	return r.Backend.WatchUntilExit(ctx, h, func(e backend.Event) error {
+		if e.Usage != nil || e.Log != nil {
+			n++
+		}
+		e.Usage, e.Log = r.sign(e.Usage, n), r.sign(e.Log, n)
+		return emit(e)
+	})
+}
+
+func (r *renumbers) Terminate(ctx context.Context, h backend.Handle) (backend.Termination, error) {
+	t, err := r.Backend.Terminate(ctx, h)
+	t.Log = r.sign(t.Log, 0)
+	return t, err
+}
+
+// sweepsWhatLives is a janitor that takes whatever has been there for a while,
+// and that its own ledger knows of, for left over.
+func sweepsWhatLives(ctx context.Context, l *ledger.Ledger, d *backendfake.Driver) {
+	tick := time.NewTicker(withOrphans.orphanAge / 4)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		listing, err := d.List(ctx)
+		if err != nil {
+			continue
+		}
+		for _, r := range listing.Resources {
+			attempts, err := l.Attempts(ctx, ledger.RequestID(r.GrantID))
+			if err == nil && len(attempts) > 0 && time.Since(r.CreatedAt) > withOrphans.orphanAge {
+				_, _ = d.Terminate(ctx, r.GrantID) // The next look tries again.
+			}
+		}
+	}
 }
 
 // firstDecides joins calls to the first one, which takes the others with it

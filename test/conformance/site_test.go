@@ -25,6 +25,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
 	"github.com/compute-bridge/compute-bridge/pkg/config"
 	"github.com/compute-bridge/compute-bridge/pkg/grpcx"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/pgtest"
 	"github.com/compute-bridge/compute-bridge/test/internal/site"
@@ -445,7 +446,8 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 			_, _ = rand.Read(g.ID[:]) // Never fails.
 			return g, backend.Envelope{PostHash: g.PostHash, SSHPublicKey: b.login}
 		},
-		OrphanAge: b.ground.orphanAge,
+		OrphanAge:  b.ground.orphanAge,
+		CloseGrant: b.closeGrant,
 	}
 	b.dies(t, f)
 	b.hosts.Fill(t, f)
@@ -462,6 +464,18 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 		f.Handle = func(id backend.GrantID) backend.Handle { return backend.HandleFor(id).Via(workerName) }
 	}
 	return f
+}
+
+// closeGrant closes a grant in the worker's ledger, which is a file.
+func (b *bridge) closeGrant(ctx context.Context, id backend.GrantID) error {
+	if b.ground.postgres != nil {
+		return errors.New("the worker's ledger is no file")
+	}
+	l, err := ledger.Open(ctx, ledger.Config{Path: b.Path(workerName, "ledger.db"), Existing: true})
+	if err != nil {
+		return err
+	}
+	return errors.Join(ledgertest.CloseGrant(ctx, l, ledger.RequestID(id), backend.EndTerminated.String()), l.Close())
 }
 
 // dies has the named processes die, or all, when the suite says so, and start

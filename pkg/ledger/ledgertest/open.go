@@ -60,3 +60,10 @@ func Open(t testing.TB) *ledger.Ledger {
 	})
 	return l
 }
+
+// CloseGrant closes a grant as another process of the same bridge does: a replica
+// that was asked to end it, or the janitor. reason is that of the end.
+func CloseGrant(ctx context.Context, l *ledger.Ledger, id ledger.RequestID, reason string) error {
+	_, _, err := l.CloseGrant(ctx, ledger.Closure{RequestID: id, Reason: reason, By: "another process"})
+	return err
+}

@@ -265,6 +265,9 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 		},
 		OrphanAge: suiteOrphanAge,
 		Kill:      s.kill,
+		CloseGrant: func(ctx context.Context, id backend.GrantID) error {
+			return ledgertest.CloseGrant(ctx, s.ledger, ledger.RequestID(id), backend.EndTerminated.String())
+		},
 		Reopen: func(t testing.TB) (backend.Backend, error) {
 			t.Helper()
 			s.stop(t)

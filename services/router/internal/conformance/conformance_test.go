@@ -276,6 +276,9 @@ func (s *site) fixture(t testing.TB) *backendtest.Fixture {
 			defer s.mu.Unlock()
 			s.driver.Kill()
 		},
+		CloseGrant: func(ctx context.Context, id backend.GrantID) error {
+			return ledgertest.CloseGrant(ctx, s.ledgers["worker"], ledger.RequestID(id), backend.EndTerminated.String())
+		},
 		Runs: func(id backend.GrantID) bool { return s.provider.Running(id) > 0 },
 		Logs: s.logs.bytes,
 	}
