@@ -13,15 +13,28 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger/pgtest"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/claims"
 	"github.com/compute-bridge/compute-bridge/services/router/internal/fleet"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-func open(t *testing.T, path string) (*claims.Store, *ledger.Ledger) {
+// both runs a test on both kinds of ledger, each of which it may open several
+// times, as routers do that share it.
+func both(t *testing.T, test func(*testing.T, ledger.Config)) {
 	t.Helper()
-	l, err := ledger.Open(t.Context(), ledger.Config{Path: path})
+	t.Run("sqlite", func(t *testing.T) {
+		test(t, ledger.Config{Driver: ledger.DriverSQLite, Path: filepath.Join(t.TempDir(), "router.db")})
+	})
+	t.Run("postgres", func(t *testing.T) {
+		test(t, ledger.Config{Driver: ledger.DriverPostgres, DSN: pgtest.Shared(t).Database(t)})
+	})
+}
+
+func open(t *testing.T, c ledger.Config) (*claims.Store, *ledger.Ledger) {
+	t.Helper()
+	l, err := ledger.Open(context.WithoutCancel(t.Context()), c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,8 +54,10 @@ func claimOf(name string, generation uint64) fleet.Claim {
 	}
 }
 
-func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) {
-	s, _ := open(t, filepath.Join(t.TempDir(), "router.db"))
+func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) { both(t, putOnceAndMoved) }
+
+func putOnceAndMoved(t *testing.T, c ledger.Config) {
+	s, _ := open(t, c)
 	ctx := t.Context()
 	want := func(step string, got fleet.Claim, err error, wanted fleet.Claim) {
 		t.Helper()
@@ -110,8 +125,10 @@ func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) {
 	want("closed and never seen", got, err, fleet.Claim{GrantID: backend.GrantID{9}, Closed: true})
 }
 
-func TestACallThatWasRefusedNeitherPutsNorMovesAClaim(t *testing.T) {
-	s, _ := open(t, filepath.Join(t.TempDir(), "router.db"))
+func TestACallThatWasRefusedNeitherPutsNorMovesAClaim(t *testing.T) { both(t, refused) }
+
+func refused(t *testing.T, c ledger.Config) {
+	s, _ := open(t, c)
 	ctx := t.Context()
 	late := func(err error, fence uint64) {
 		t.Helper()
@@ -146,10 +163,11 @@ func TestACallThatWasRefusedNeitherPutsNorMovesAClaim(t *testing.T) {
 	}
 }
 
-func TestOneOfManyRoutersClaims(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "router.db")
-	one, _ := open(t, path)
-	two, _ := open(t, path)
+func TestOneOfManyRoutersClaims(t *testing.T) { both(t, oneOfMany) }
+
+func oneOfMany(t *testing.T, shared ledger.Config) {
+	one, _ := open(t, shared)
+	two, _ := open(t, shared)
 	stores := []*claims.Store{one, two}
 	const routers = 16
 	got := make([]string, routers)
@@ -179,8 +197,10 @@ func TestOneOfManyRoutersClaims(t *testing.T) {
 	}
 }
 
-func TestALedgerThatIsGoneIsAnError(t *testing.T) {
-	s, l := open(t, filepath.Join(t.TempDir(), "router.db"))
+func TestALedgerThatIsGoneIsAnError(t *testing.T) { both(t, gone) }
+
+func gone(t *testing.T, c ledger.Config) {
+	s, l := open(t, c)
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
