@@ -57,8 +57,9 @@ type Config struct {
 	Hosts      []HostConfig     `toml:"host"`
 
 	// For tests, in which a host is silent for seconds instead of minutes.
-	connection func(*sshconn.Config)
-	undoLimit  time.Duration // 0: undoTimeout
+	connection      func(*sshconn.Config)
+	undoLimit       time.Duration // 0: undoTimeout
+	recheckInterval time.Duration // 0: recheckFit
 }
 
 // ImageStoreConfig says where images come from.

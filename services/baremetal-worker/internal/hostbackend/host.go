@@ -2,6 +2,7 @@ package hostbackend
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -52,6 +53,12 @@ const (
 	retryUnfit = 30 * time.Second
 )
 
+// recheckFit is how often a host that is fit is looked at again. A connection may
+// last for months, in which clocks drift, disks fill up and packages go; what
+// that does to a grant is found out soon, but by failing it. The look costs a
+// host some twenty small calls, and ends nothing.
+const recheckFit = 3 * time.Minute
+
 const (
 	maxRecordBytes = 64 << 10
 	maxGuestBytes  = 256 << 20
@@ -82,6 +89,8 @@ type host struct {
 	leased      uint64
 	leasePulse  chan struct{} // closed and replaced when there is another lease
 	guestNeeded bool          // a connection is to bring the guest; used by follow alone
+
+	checked time.Time // when the host was last found fit; used by follow alone
 
 	mu      sync.Mutex // protects the fields below
 	found   *facts     // nil while the host can't be seen
@@ -186,6 +195,7 @@ func (h *host) follow(ctx context.Context) {
 				again = time.After(pause)
 			} else {
 				unfitPause = retryProbe
+				again = h.recheckDue()
 			}
 		}
 		select {
@@ -204,7 +214,7 @@ var errStopping = errors.New("the worker is stopping")
 func (h *host) bring(ctx context.Context, generation uint64) error {
 	found, problem := h.known()
 	if found != nil && found.generation == generation && problem == nil {
-		return nil
+		return h.recheck(ctx, found)
 	}
 	if found == nil || found.generation != generation {
 		var err error
@@ -229,9 +239,40 @@ func (h *host) bring(ctx context.Context, generation uint64) error {
 		return nil
 	}
 	err := h.check(ctx, found)
+	h.checked = time.Now()
 	h.setSeen(found, err)
 	h.backend.tookOver()
 	return err
+}
+
+// recheck sees whether a host in use is still fit, if it is time for that. One
+// that isn't takes nothing new until bring finds it fit again; what runs there is
+// watched and ended all the same.
+func (h *host) recheck(ctx context.Context, found *facts) error {
+	if h.backend.env.Janitor || time.Since(h.checked) < h.recheckInterval() {
+		return nil
+	}
+	if err := h.checkFit(ctx); err != nil {
+		if ctx.Err() == nil {
+			h.setSeen(found, err)
+		}
+		return err
+	}
+	h.checked = time.Now()
+	return nil
+}
+
+// recheckDue returns when a host that is in use is to be looked at again; never,
+// if it isn't.
+func (h *host) recheckDue() <-chan time.Time {
+	if found, problem := h.known(); found == nil || problem != nil || h.backend.env.Janitor {
+		return nil
+	}
+	return time.After(h.recheckInterval() - time.Since(h.checked))
+}
+
+func (h *host) recheckInterval() time.Duration {
+	return cmp.Or(h.backend.config.recheckInterval, recheckFit)
 }
 
 func unfit(err error) bool {
@@ -363,6 +404,36 @@ func (h *host) look(ctx context.Context) (*facts, error) {
 // check finds out whether the host has all that a new grant needs, and sets up
 // what all grants share.
 func (h *host) check(ctx context.Context, found *facts) error {
+	d := h.backend.dirs
+	if err := h.checkPrograms(ctx); err != nil {
+		return err
+	}
+	if err := h.checkClock(ctx); err != nil {
+		return err
+	}
+	for _, dir := range []hostfs.Base{d.base, d.guest, d.cache, d.index, d.images, d.grants} {
+		if err := h.fs.MkdirAll(ctx, dir.String(), 0o711); err != nil {
+			return err
+		}
+	}
+	if err := h.checkSpace(ctx); err != nil {
+		return err
+	}
+	return h.setUp(ctx, found)
+}
+
+// checkFit finds out whether a host that is set up still has all that a new grant
+// needs. It changes nothing there, but that it starts podman's socket.
+func (h *host) checkFit(ctx context.Context) error {
+	for _, check := range []func(context.Context) error{h.checkPrograms, h.checkClock, h.checkSpace} {
+		if err := check(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (h *host) checkPrograms(ctx context.Context) error {
 	version, err := h.bus.Version(ctx)
 	if err != nil {
 		return err
@@ -385,10 +456,19 @@ func (h *host) check(ctx context.Context, found *facts) error {
 	if leadingNumber(podmanVersion) < minPodman {
 		return h.unfit("podman %s is older than %d", podmanVersion, minPodman)
 	}
-	if err := h.checkClock(ctx); err != nil {
+	return nil
+}
+
+func (h *host) checkSpace(ctx context.Context) error {
+	base := h.backend.dirs.base.String()
+	space, err := h.fs.Free(ctx, base)
+	if err != nil {
 		return err
 	}
-	return h.setUp(ctx, found)
+	if space.Bytes < minFree {
+		return h.unfit("%s has %d MiB free; at least %d MiB are needed", base, space.Bytes>>20, minFree>>20)
+	}
+	return nil
 }
 
 func (h *host) checkClock(ctx context.Context) error {
@@ -409,21 +489,8 @@ func (h *host) bootID(ctx context.Context) (string, error) {
 	return strings.TrimSpace(string(id)), err
 }
 
-// setUp makes what all grants share: directories, guest binary, firewall.
+// setUp brings what all grants share: guest binary, firewall.
 func (h *host) setUp(ctx context.Context, found *facts) error {
-	d := h.backend.dirs
-	for _, dir := range []hostfs.Base{d.base, d.guest, d.cache, d.index, d.images, d.grants} {
-		if err := h.fs.MkdirAll(ctx, dir.String(), 0o711); err != nil {
-			return err
-		}
-	}
-	space, err := h.fs.Free(ctx, d.base.String())
-	if err != nil {
-		return err
-	}
-	if space.Bytes < minFree {
-		return h.unfit("%s has %d MiB free; at least %d MiB are needed", d.base, space.Bytes>>20, minFree>>20)
-	}
 	if err := h.putGuest(ctx, found.guest); err != nil {
 		return err
 	}

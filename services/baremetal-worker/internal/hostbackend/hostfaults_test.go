@@ -235,6 +235,67 @@ func TestClockSkew(t *testing.T) {
 	s.terminate(t, p)
 }
 
+// A host that becomes unfit while its connection lasts is found out without a
+// grant, busy or not, and so is that it is fit again.
+func TestAHostThatBecomesUnfitWhileItIsConnected(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	s := newSite(t, func(c *Config) { c.recheckInterval = 500 * time.Millisecond }, h)
+	key := newLogin(t)
+	image := s.image(ociimage.Shell)
+	host := s.driver.hosts[0]
+	generation := host.conn.State().Generation
+	script := func(text string) func() { return func() { onHost(t, h, text) } }
+	skewed := func(d time.Duration) func() {
+		return func() { must(t, h.SetClockSkew(t.Context(), d)) }
+	}
+	var p backend.Provisioned
+	for _, tt := range []struct {
+		name, says   string
+		reason       backenderr.Reason
+		breaks, mend func()
+		then         func()
+	}{
+		{"idle, its clock", "its clock is 1m30s off", backenderr.ClockSkew, skewed(90 * time.Second), skewed(0), func() {
+			g, e := grant(image, key)
+			p = s.provision(t, g, e)
+		}},
+		{
+			"busy, its clock", "its clock is -1m30s off", backenderr.ClockSkew, skewed(-90 * time.Second), skewed(0),
+			func() {},
+		},
+		{
+			"busy, a program", "nft (package nftables)", backenderr.HostUnfit,
+			script("mv /usr/sbin/nft /usr/sbin/nft.away"), script("mv /usr/sbin/nft.away /usr/sbin/nft"), func() {},
+		},
+		{
+			"busy, its disk", "MiB free", backenderr.HostUnfit,
+			func() { must(t, h.FillDisk(t.Context())) }, func() { must(t, h.FreeDisk(t.Context())) }, func() {},
+		},
+	} {
+		tt.breaks()
+		soon(t, func() error { return s.warns(tt.says) })
+		if found, problem := host.known(); found == nil || !backenderr.Is(problem, tt.reason) {
+			t.Errorf("%s: seen %t, problem %v", tt.name, found != nil, problem)
+		}
+		g, e := grant(image, key)
+		_, err := s.runtime.Provision(caller(t.Context()), g, e)
+		refused(t, err, backenderr.HostUnfit, h.Name)
+		if p.Instance.ID != "" {
+			if _, err := run(t, p, key, "true"); err != nil {
+				t.Errorf("%s: %v", tt.name, err)
+			}
+		}
+		tt.mend()
+		soon(t, func() error { _, err := host.usable(); return err })
+		if now := host.conn.State().Generation; now != generation {
+			t.Fatalf("%s: the connection is another one", tt.name)
+		}
+		tt.then()
+	}
+	checkUsage(t, s.terminate(t, p))
+}
+
 func cmpOr(err, other error) error {
 	if err != nil {
 		return err
