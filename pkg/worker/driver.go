@@ -19,7 +19,9 @@ import (
 //
 // The runtime calls Provision for one grant by one goroutine at a time and
 // never at the same time as Terminate for it; everything else is concurrent.
-// Errors are *backenderr.Error; others count as Unknown.
+// Errors are *backenderr.Error; others count as Unknown. A panic in one of these
+// calls counts as INTERNAL with nothing known of what exists; goroutines of the
+// driver's own have to look after themselves.
 type Driver interface {
 	// Capabilities returns what the provider can do now, from what the driver
 	// has observed; it answers at once. The runtime fills in Backend, LogKeys

@@ -179,7 +179,7 @@ func (r *Runtime) Start(ctx context.Context, driver Driver) error {
 
 // attach gives the runtime its driver and its life.
 func (r *Runtime) attach(ctx context.Context, driver Driver) {
-	r.driver = driver
+	r.driver = guard(driver, r.log)
 	r.live, r.stop = context.WithCancel(context.WithoutCancel(ctx))
 }
 
