@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strings"
@@ -12,6 +13,10 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger/pgtest"
+	"github.com/compute-bridge/compute-bridge/test/internal/site"
+	"github.com/compute-bridge/compute-bridge/test/lab"
 	"github.com/compute-bridge/compute-bridge/test/lab/ociimage"
 )
 
@@ -346,4 +351,91 @@ func (b *bridge) sweepBeside() {
 	if len(report.Findings) > 0 {
 		b.t.Fatalf("it found %+v", report.Findings)
 	}
+}
+
+// While the ledger can't be read, wherever that begins, the janitor doesn't know
+// what lives: it does nothing, and says so by its exit code and in words.
+func TestTheJanitorWithoutItsPostgreSQL(t *testing.T) {
+	t.Parallel()
+	server := pgtest.Start(t, pgtest.Options{})
+	tap := pgtest.NewTap(t, server)
+	b := newSite(t, site.Host{Host: lab.NewHost(t, lab.HostOptions{})})
+	w, direct := b.workers[0], server.Database(t)
+	w.Ledger = fmt.Sprintf("driver = \"postgres\"\ndsn = %q\n", tap.DSN(direct))
+	b.sweeping()
+	var err error
+	if b.image, err = b.AddImage(t.Context(), ociimage.Shell); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(b.checkEnd)
+	b.startWorker(w)
+	b.startRouter()
+	b.waitForHealth("BACKEND_HEALTH_SERVING")
+	live, closed := b.provision(own()...), b.provision(own()...)
+	if err := errors.Join(b.processes[w.Name].Kill(), b.router.Kill()); err != nil {
+		t.Fatal(err)
+	}
+	store, err := ledger.Open(t.Context(), ledger.Config{Driver: ledger.DriverPostgres, DSN: direct})
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = ledgertest.CloseGrant(t.Context(), store, ledger.RequestID(closed.Instance.RequestID), backend.EndTerminated.String())
+	if err := errors.Join(err, store.Close()); err != nil {
+		t.Fatal(err)
+	}
+	want := map[string]string{closed.Instance.id(): "end would_be_done"}
+	b.soon("it counts as orphaned", func() error {
+		if got := b.sweep(0, "-dry-run").actions(); !maps.Equal(got, want) {
+			return fmt.Errorf("found %v", got)
+		}
+		return nil
+	})
+	before := b.holdings()
+	// Each look reads as much of the ledger as the other, a dry run no less.
+	const reads = "ledger.SELECT closures"
+	calls := tap.Record()
+	b.sweep(0, "-dry-run")
+	all := slices.DeleteFunc(calls(), func(c ledgertest.Call) bool { return c.Point != reads })
+	if len(all) < 2 || len(all)%2 != 0 {
+		t.Fatalf("two looks read closures %d times", len(all))
+	}
+
+	for _, c := range []struct {
+		what string
+		// fault lasts until mend.
+		fault func() (mend func())
+		says  string
+	}{
+		{"the server is stopped", func() func() {
+			server.Stop(t)
+			return func() { server.Start(t) }
+		}, "open ledger: ledger unavailable"},
+		{"the server is silent", func() func() {
+			tap.Blackhole(true)
+			return func() { tap.Blackhole(false) }
+		}, "timeout"},
+		{"the server goes away between the two looks", func() func() {
+			return tap.Inject(ledgertest.Fault{Point: reads, Nth: len(all)/2 + 1, Kind: ledgertest.Refuse, Always: true}).Release
+		}, "read closure: ledger unavailable"},
+	} {
+		mend := c.fault()
+		r := b.run(b.cmd(market, "baremetal-worker", "sweep", "-once", "-config", w.ConfigFile(), "-pause", "100ms", "-output", "json"))
+		mend()
+		if r.code != 3 || r.stdout != "" || !strings.Contains(r.stderr, "nothing is touched while blind") || !strings.Contains(r.stderr, c.says) {
+			t.Errorf("%s: want exit code 3, no report, and %q as the reason, got %s", c.what, c.says, r.all())
+		}
+		if after := b.holdings(); after != before {
+			t.Errorf("%s: it changed something:\n%s\nbefore:\n%s", c.what, after, before)
+		}
+	}
+
+	// It was the ledger that kept it from its work.
+	if got := b.sweep(0).actions(); len(got) != 1 || got[closed.Instance.id()] != "end done" {
+		t.Errorf("with the ledger there again: %v", got)
+	}
+	b.says(b.run(b.ssh(live, "requester", nil, "echo still here")), 0, "still here")
+	b.startWorker(w)
+	b.startRouter()
+	b.waitForHealth("BACKEND_HEALTH_SERVING")
+	b.terminate(live)
 }
