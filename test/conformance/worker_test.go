@@ -9,10 +9,8 @@ import (
 // TestTheWorkerHonoursTheContract holds the built worker to what the Backend
 // contract says of making and ending, and of whose a grant is.
 func TestTheWorkerHonoursTheContract(t *testing.T) {
-	skip := exceptedOnHosts()
-	skip["provision/a closure by another process is seen before it is ready"] = "TestLong… has it, for it provisions once for each call; this is the short form"
 	runOnWorkers(t, newGrounds(t, 1, nil), backendtest.Harness{
-		Only: []string{"identity", "provision", "terminate", "ownership"}, Sweep: backendtest.Sweep{Sample: 3}, Skip: skip,
+		Only: []string{"identity", "provision", "terminate", "ownership"}, Sweep: backendtest.Sweep{Sample: 3},
 	})
 }
 
