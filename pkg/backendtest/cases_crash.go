@@ -396,7 +396,8 @@ func restarting(e *env) script {
 			r.use(b)
 			ctx, cancel := r.limited()
 			defer cancel()
-			if _, err := r.b.Capabilities(ctx); err != nil {
+			// Unchecked: it may die now, and its connection with it.
+			if _, err := b.Capabilities(ctx); err != nil {
 				return err
 			}
 			if state, err := r.stateSeen(ctx); err != nil || state != backend.StateReady {
