@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -27,6 +28,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
 	bridgev1 "github.com/compute-bridge/compute-bridge/proto/gen/go/computebridge/v1"
+	"github.com/compute-bridge/compute-bridge/services/router/internal/server"
 )
 
 // contains fails the test unless text holds all parts.
@@ -417,6 +419,77 @@ func TestWatchIsTakenUpAgain(t *testing.T) {
 		t.Errorf("the last event is %v", last)
 	}
 	contains(t, stderr.String(), "taking it up again")
+}
+
+// Connections to a router end of age, over and over; who reads what bridgectl
+// prints sees one watch.
+func TestAWatchOutlivesTheAgeLimitOfItsConnections(t *testing.T) {
+	t.Parallel()
+	// Seldom enough that a report is still the last one when the watch is taken up.
+	s := newSite(t, backendfake.Options{}, backendfake.DriverOptions{UsageInterval: 3 * time.Second})
+	id := s.grant(t)
+	s.stopRouter()
+	s.change = func(c *server.Config) {
+		c.MaxConnectionAge.Duration, c.MaxConnectionAgeGrace.Duration = 200*time.Millisecond, 50*time.Millisecond
+	}
+	s.startRouter()
+	cmd := s.command("watch", id, "-o", "json")
+	var stdout bytes.Buffer
+	cmd.Stdout = &stdout
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	const often = 4
+	broke := 0
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		if !strings.Contains(lines.Text(), "taking it up again") {
+			t.Errorf("unexpected: %s", lines.Text())
+		}
+		if broke++; broke == often {
+			grant, err := backend.ParseGrantID(id)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.provider.Exit(grant, backendfake.ExitStatus{Code: 3})
+		}
+	}
+	if err := cmd.Wait(); err != nil || broke < often {
+		t.Fatalf("the watch broke %d times and ended with %v:\n%s", broke, err, stdout.Bytes())
+	}
+	var states []bridgev1.InstanceState
+	var last *bridgev1.WatchUntilExitResponse
+	usages := map[string]bool{}
+	for line := range bytes.Lines(stdout.Bytes()) {
+		if last.GetComputeLog() != nil {
+			t.Errorf("after the compute log there is %s", line)
+		}
+		last = &bridgev1.WatchUntilExitResponse{}
+		if err := protojson.Unmarshal(line, last); err != nil {
+			t.Fatal(err)
+		}
+		if i := last.GetInstance(); i != nil {
+			states = append(states, i.GetState())
+		}
+		if body := last.GetUsage().GetBody(); body != nil {
+			if usages[string(body)] {
+				t.Errorf("told twice: %s", line)
+			}
+			usages[string(body)] = true
+		}
+	}
+	if len(states) == 0 || states[0] != bridgev1.InstanceState_INSTANCE_STATE_READY || len(slices.Compact(slices.Clone(states))) != len(states) {
+		t.Errorf("states: %v", states)
+	}
+	if len(usages) == 0 {
+		t.Errorf("%d reports of usage", len(usages))
+	}
+	if log := last.GetComputeLog().GetLog(); log.GetExit().GetCode() != 3 {
+		t.Errorf("the last event is %v", last)
+	}
 }
 
 func TestWorkersAreDrainedAndSwept(t *testing.T) {

@@ -50,6 +50,7 @@ type site struct {
 	router, worker         string // host:port
 	routerSock, workerSock string // unix:/path
 	provider               *backendfake.Provider
+	change                 func(*server.Config) // of the next router; nil means none
 	stopRouter             func()
 	startRouter            func()
 }
@@ -165,6 +166,9 @@ func newSite(t *testing.T, options backendfake.Options, driver backendfake.Drive
 		b := server.BackendConfig{Name: "metal"}
 		b.Target = s.worker
 		c.Backends = []server.BackendConfig{b}
+		if s.change != nil {
+			s.change(&c)
+		}
 		if err := c.Validate(); err != nil {
 			t.Fatal(err)
 		}

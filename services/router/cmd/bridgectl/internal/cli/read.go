@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"slices"
@@ -387,6 +388,7 @@ type watcher struct {
 	handle  string
 	events  int
 	last    *bridgev1.Instance
+	usage   []byte // signed body of the last report of usage
 	broke   string
 }
 
@@ -413,6 +415,12 @@ func (w *watcher) once(ctx context.Context) (*bridgev1.SignedComputeLog, error) 
 				continue // The present state again, after taking the watch up.
 			}
 			w.last = i
+		}
+		if u := event.GetUsage(); u != nil {
+			if w.usage != nil && bytes.Equal(w.usage, u.GetBody()) {
+				continue // The last report again, for the same reason.
+			}
+			w.usage = u.GetBody()
 		}
 		if w.json() {
 			text, err := marshal(event, "", false)
