@@ -38,6 +38,7 @@ func TestHarmStaysWithItsGrant(t *testing.T) {
 	}{
 		{"names in an archive mean nothing", testNamesInArchives},
 		{"an archive that is not one OCI image leaves nothing", testArchivesOfOtherKinds},
+		{"a health check in an image is run by nobody", testHealthCheck},
 		{"a damaged record is a problem of its grant alone", testDamagedRecord},
 		{"an upload that was cut off is removed", testCutOffUpload},
 		{"the files of podman in a container are bounded", testFilesOfPodman},
@@ -193,6 +194,92 @@ func dockerArchive(t *testing.T, tags []string, archives ...[]byte) []byte {
 		images = append(images, described{config, []string{tags[i]}, []string{layer}})
 	}
 	return retar(t, append(files, entry{"manifest.json", marshal(t, images)})...)
+}
+
+// checkedHealth is an OCI archive of the image of another one, with Docker's
+// HEALTHCHECK, of OCI's types or of Docker's. OCI has none, but tools leave it in.
+func checkedHealth(t *testing.T, archive []byte, docker bool, command string) []byte {
+	t.Helper()
+	entries := untar(t, archive)
+	at, index := indexOf(t, entries)
+	blob := func(descriptor map[string]any) (at int, decoded map[string]any) {
+		t.Helper()
+		name := "blobs/" + strings.Replace(fmt.Sprint(descriptor["digest"]), ":", "/", 1)
+		at = slices.IndexFunc(entries, func(e entry) bool { return e.name == name })
+		if at < 0 {
+			t.Fatalf("no %s", name)
+		}
+		if err := json.Unmarshal(entries[at].data, &decoded); err != nil {
+			t.Fatal(err)
+		}
+		return at, decoded
+	}
+	put := func(at int, descriptor, content map[string]any) {
+		t.Helper()
+		data := marshal(t, content)
+		sum := sha256.Sum256(data)
+		entries[at] = entry{"blobs/sha256/" + hex.EncodeToString(sum[:]), data}
+		descriptor["digest"], descriptor["size"] = "sha256:"+hex.EncodeToString(sum[:]), len(data)
+	}
+	object := func(of map[string]any, key string) map[string]any {
+		t.Helper()
+		out, ok := of[key].(map[string]any)
+		if !ok {
+			t.Fatalf("%s is %v", key, of[key])
+		}
+		return out
+	}
+	top := index.Manifests[0]
+	atManifest, manifest := blob(top)
+	config := object(manifest, "config")
+	atConfig, content := blob(config)
+	object(content, "config")["Healthcheck"] = map[string]any{"Test": []string{"CMD-SHELL", command}, "Interval": time.Second, "Timeout": time.Second, "Retries": 1}
+	if docker {
+		const manifestType = "application/vnd.docker.distribution.manifest.v2+json"
+		top["mediaType"], manifest["mediaType"] = manifestType, manifestType
+		config["mediaType"] = "application/vnd.docker.container.image.v1+json"
+		layers, ok := manifest["layers"].([]any)
+		if !ok {
+			t.Fatalf("layers are %v", manifest["layers"])
+		}
+		for _, l := range layers {
+			layer, ok := l.(map[string]any)
+			if !ok {
+				t.Fatalf("a layer is %v", l)
+			}
+			layer["mediaType"] = "application/vnd.docker.image.rootfs.diff.tar"
+		}
+	}
+	put(atConfig, config, content)
+	put(atManifest, top, manifest)
+	entries[at].data = marshal(t, index)
+	return retar(t, entries...)
+}
+
+// podman would have the host's systemd run an image's health check, in units that
+// are no part of the grant's. An image with one runs like any other, without it;
+// with Docker's types, of which it is a part, an archive is refused like all that
+// isn't OCI's.
+func testHealthCheck(t *testing.T, s *site) {
+	t.Helper()
+	key := newLogin(t)
+	shell := makeArchive(t, ociimage.Shell).data
+	const command = "echo checked >>/checked; exit 1"
+	g, e := grant(storeNew(s, checkedHealth(t, shell, false, command)), key)
+	p := s.provision(t, g, e)
+	// Some of its intervals.
+	if out, err := run(t, p, key, "sleep 3; cat /checked 2>/dev/null; echo alive"); err != nil || out != "alive\n" {
+		t.Errorf("the workload says %q, %v", out, err)
+	}
+	if units := onHost(t, s.hosts[0], "systemctl list-units --all --plain --no-legend | grep 'healthcheck run' || true"); units != "" {
+		t.Errorf("the host has\n%s", units)
+	}
+	if log := s.terminate(t, p); log.Exit.Reason != backend.EndTerminated {
+		t.Errorf("it ended by %s", log.Exit.Reason)
+	}
+	g, e = grant(storeNew(s, checkedHealth(t, shell, true, command)), key)
+	_, err := s.runtime.Provision(caller(t.Context()), g, e)
+	refused(t, err, backenderr.ImageInvalid, "not OCI's")
 }
 
 // hostImages are the names and ids in the host's own podman.
