@@ -547,7 +547,7 @@ func provisionCases() []testCase {
 		}},
 		{name: "provision/a closure by another process is seen before it is ready", needs: []need{needInject, needClose}, run: func(e *env) {
 			for _, point := range e.provisionPoints() {
-				e.closedAt(point)
+				_, _ = e.closedAt(point) // It has checked the error.
 			}
 		}},
 		{name: "provision/what is passed and returned isn't shared", run: func(e *env) {

@@ -553,7 +553,8 @@ const renumbersKeyID = "renumbers"
 
 func (r *renumbers) Capabilities(ctx context.Context) (backend.Capabilities, error) {
 	c, err := r.Backend.Capabilities(ctx)
-	c.LogKeys = append(c.LogKeys, backend.LogKey{ID: renumbersKeyID, PublicKey: r.key.Public().(ed25519.PublicKey)})
+	public, _ := r.key.Public().(ed25519.PublicKey) // It always is one.
+	c.LogKeys = append(c.LogKeys, backend.LogKey{ID: renumbersKeyID, PublicKey: public})
 	return c, err
 }
 

@@ -38,7 +38,7 @@ func guard(d Driver, log *slog.Logger) Driver {
 
 // caught, when deferred, makes an error of a panic. What it says goes to the log,
 // for it may hold anything.
-func (g guarded) caught(ctx context.Context, method string, id backend.GrantID, err *error) {
+func (g guarded) caught(ctx context.Context, method string, id backend.GrantID, err *error) { //nolint:gocritic // It sets what the function that defers it returns.
 	p := recover()
 	if p == nil {
 		return

@@ -452,7 +452,7 @@ func startWorker(t *testing.T, h *lab.Host) *workerProcess {
 		t.Fatal(err)
 	}
 	_ = lines.Close()
-	beating, stop := context.WithCancel(context.Background())
+	beating, stop := context.WithCancel(t.Context())
 	var routines sync.WaitGroup
 	routines.Go(func() {
 		for beating.Err() == nil {

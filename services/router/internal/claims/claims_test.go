@@ -54,9 +54,9 @@ func claimOf(name string, generation uint64) fleet.Claim {
 	}
 }
 
-func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) { both(t, putOnceAndMoved) }
+func TestAClaimIsPutOnceAndMovesByCompareAndSwap(t *testing.T) { both(t, testPutOnceAndMoved) }
 
-func putOnceAndMoved(t *testing.T, c ledger.Config) {
+func testPutOnceAndMoved(t *testing.T, c ledger.Config) {
 	s, _ := open(t, c)
 	ctx := t.Context()
 	want := func(step string, got fleet.Claim, err error, wanted fleet.Claim) {
@@ -125,9 +125,9 @@ func putOnceAndMoved(t *testing.T, c ledger.Config) {
 	want("closed and never seen", got, err, fleet.Claim{GrantID: backend.GrantID{9}, Closed: true})
 }
 
-func TestACallThatWasRefusedNeitherPutsNorMovesAClaim(t *testing.T) { both(t, refused) }
+func TestACallThatWasRefusedNeitherPutsNorMovesAClaim(t *testing.T) { both(t, testRefused) }
 
-func refused(t *testing.T, c ledger.Config) {
+func testRefused(t *testing.T, c ledger.Config) {
 	s, _ := open(t, c)
 	ctx := t.Context()
 	late := func(err error, fence uint64) {
@@ -163,9 +163,9 @@ func refused(t *testing.T, c ledger.Config) {
 	}
 }
 
-func TestOneOfManyRoutersClaims(t *testing.T) { both(t, oneOfMany) }
+func TestOneOfManyRoutersClaims(t *testing.T) { both(t, testOneOfMany) }
 
-func oneOfMany(t *testing.T, shared ledger.Config) {
+func testOneOfMany(t *testing.T, shared ledger.Config) {
 	one, _ := open(t, shared)
 	two, _ := open(t, shared)
 	stores := []*claims.Store{one, two}
@@ -197,9 +197,9 @@ func oneOfMany(t *testing.T, shared ledger.Config) {
 	}
 }
 
-func TestALedgerThatIsGoneIsAnError(t *testing.T) { both(t, gone) }
+func TestALedgerThatIsGoneIsAnError(t *testing.T) { both(t, testGone) }
 
-func gone(t *testing.T, c ledger.Config) {
+func testGone(t *testing.T, c ledger.Config) {
 	s, l := open(t, c)
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
