@@ -113,7 +113,7 @@ lint: $(GOLANGCI_LINT) $(BUF) $(PROTO_DEPS) ## Lint and check the format of Go c
 	@$(BUF) lint proto
 	@failed=; for module in $(MODULES); do \
 		echo "lint $${module#$(CURDIR)/}"; \
-		(cd "$$module" && $(GOLANGCI_LINT) run) || failed="$$failed $${module#$(CURDIR)/}"; \
+		(cd "$$module" && $(GOLANGCI_LINT) run --allow-serial-runners) || failed="$$failed $${module#$(CURDIR)/}"; \
 	done; \
 	if [[ -n $$failed ]]; then echo "lint failed in:$$failed" >&2; exit 1; fi
 
@@ -122,7 +122,7 @@ TIDY = for module in $(MODULES); do echo "tidy $${module\#$(CURDIR)/}"; (cd "$$m
 
 .PHONY: fix
 fix: $(GOLANGCI_LINT) ## Let the linters repair what they can
-	@for module in $(MODULES); do echo "fix $${module#$(CURDIR)/}"; (cd "$$module" && $(GOLANGCI_LINT) run --fix) || true; done
+	@for module in $(MODULES); do echo "fix $${module#$(CURDIR)/}"; (cd "$$module" && $(GOLANGCI_LINT) run --allow-serial-runners --fix) || true; done
 
 .PHONY: tidy
 tidy: ## Tidy every module and agree on versions in the workspace
