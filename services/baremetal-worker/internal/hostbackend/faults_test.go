@@ -10,6 +10,7 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/hostlease"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
 	"github.com/compute-bridge/compute-bridge/test/lab"
 	"github.com/compute-bridge/compute-bridge/test/lab/ociimage"
@@ -350,4 +351,33 @@ func TestLongClientGoneInEveryPhaseOfProvision(t *testing.T) {
 			s.terminate(t, p)
 		})
 	}
+}
+
+// A connection that is lost while its host is being brought into use gives way to
+// the next one, which is.
+func TestAConnectionLostWhileSystemdIsAwaited(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	s := newSite(t, impatient, h)
+	host := s.driver.hosts[0]
+	// lost ends the connection, and waits for the next one to have the lease.
+	lost := func() {
+		t.Helper()
+		before := host.conn.State().Generation
+		must(t, h.ResetConnections(t.Context()))
+		soon(t, func() error {
+			host.leaseMu.Lock()
+			lease, generation := host.lease, host.leased
+			host.leaseMu.Unlock()
+			if status, _ := lease.Observe(); generation <= before || status.State != hostlease.Held {
+				return fmt.Errorf("lease of generation %d: %+v; before it was %d", generation, status, before)
+			}
+			return nil
+		})
+	}
+	onHost(t, h, "mv /run/dbus/system_bus_socket /run/dbus/away")
+	lost()
+	lost()
+	onHost(t, h, "mv /run/dbus/away /run/dbus/system_bus_socket")
+	soon(t, func() error { _, err := host.usable(); return err })
 }

@@ -197,7 +197,18 @@ func (h *host) turn(ctx context.Context, generation uint64) (<-chan struct{}, er
 	case hostlease.Held:
 	}
 	h.conn.Allow(generation)
-	return changed, h.bring(sshconn.Bind(ctx, generation), generation)
+	// Who waits for something of this connection must not outlast it: the next one
+	// is let in by who waits.
+	ctx, cancel := context.WithCancel(sshconn.Bind(ctx, generation))
+	defer cancel()
+	go func() {
+		select {
+		case <-changed: // The lease is lost, and the connection with it.
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return changed, h.bring(ctx, generation)
 }
 
 // withoutLease finds out why a connection has no lease, and mends it if it can:
