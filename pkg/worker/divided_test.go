@@ -26,6 +26,7 @@ type replica struct {
 	*scripted
 
 	place *place
+	asked func() // called once Elsewhere has made up its mind, if not nil
 }
 
 var _ Divided = (*replica)(nil)
@@ -55,6 +56,9 @@ func (r *replica) Elsewhere(ctx context.Context, id backend.GrantID) error {
 		return err
 	}
 	_, err = r.mine()
+	if r.asked != nil {
+		r.asked()
+	}
 	return err
 }
 
@@ -100,7 +104,7 @@ func pair(t *testing.T) (*site, *replica, *site, *replica) {
 	b.config.Metrics = prometheus.NewRegistry()
 	b.start()
 	p := &place{changed: make(chan struct{})}
-	ra, rb := &replica{a.driver, p}, &replica{b.driver, p}
+	ra, rb := &replica{scripted: a.driver, place: p}, &replica{scripted: b.driver, place: p}
 	p.owner = ra
 	for s, d := range map[*site]*replica{a: ra, b: rb} {
 		if err := s.Start(t.Context(), d); err != nil {
@@ -181,6 +185,27 @@ func TestATakeoverIsImmediate(t *testing.T) {
 		if ra.count("terminate") != 0 {
 			t.Error("the old one has torn down")
 		}
+	})
+}
+
+// A watch that comes while a place changes hands has nothing yet to attach to,
+// which isn't to say that there is no instance.
+func TestAWatchDuringATakeoverIsSentElsewhere(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a, ra, b, rb := pair(t)
+		defer a.stop()
+		defer b.stop()
+		_, _, p := a.ready()
+		synctest.Wait()
+		rb.asked = sync.OnceFunc(func() {
+			ra.place.mu.Lock()
+			defer ra.place.mu.Unlock()
+			ra.place.owner = rb // which its runtime hasn't heard of yet
+		})
+		err := b.WatchUntilExit(as(t, alice), p.Instance.Handle, func(backend.Event) error { return nil })
+		wantReason(t, err, backenderr.OtherReplica, backenderr.CreatedUnknown)
+		rb.asked = nil
+		ra.place.give(ra)
 	})
 }
 

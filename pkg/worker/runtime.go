@@ -164,7 +164,7 @@ func (r *Runtime) Start(ctx context.Context, driver Driver) error {
 			r.stop()
 			return ledgerError(err, "read live grants")
 		}
-		if err := r.takeUp(ctx, claim); err != nil {
+		if err := r.takeUp(ctx, claim); err != nil && !backenderr.Is(err, backenderr.OtherReplica) {
 			r.stop()
 			return err
 		}
@@ -230,16 +230,14 @@ func (r *Runtime) Close() {
 }
 
 // takeUp starts the keeper of a grant that an earlier process left without a
-// final log, if there is something to keep.
+// final log, if there is something to keep. OTHER_REPLICA says that there is none
+// here.
 func (r *Runtime) takeUp(ctx context.Context, claim ledger.Claim) error {
 	id := backend.GrantID(claim.RequestID)
 	if r.keeper(id) != nil {
 		return nil
 	}
 	if err := r.elsewhere(ctx, id); err != nil {
-		if backenderr.Is(err, backenderr.OtherReplica) {
-			return nil
-		}
 		return err
 	}
 	// Read again: a keeper may have ended the grant since.
@@ -573,10 +571,12 @@ func (r *Runtime) WatchUntilExit(ctx context.Context, handle backend.Handle, emi
 	if claim == nil {
 		return notFound(handle)
 	}
+	var other error // why there is no keeper here
 	k := r.keeper(backend.GrantID(claim.RequestID))
 	if k == nil {
-		if err := r.takeUp(ctx, *claim); err != nil {
-			return err
+		other = r.takeUp(ctx, *claim)
+		if other != nil && !backenderr.Is(other, backenderr.OtherReplica) {
+			return other
 		}
 		k = r.keeper(backend.GrantID(claim.RequestID))
 	}
@@ -590,10 +590,11 @@ func (r *Runtime) WatchUntilExit(ctx context.Context, handle backend.Handle, emi
 		if err := k.wait(ctx); err != nil {
 			return callerGone(err)
 		}
+		other = k.gaveWay()
 	}
 	err = r.watchEnded(ctx, *claim, emit)
-	if k != nil && k.gaveWay() != nil && backenderr.Is(err, backenderr.InstanceNotFound) {
-		return k.gaveWay()
+	if other != nil && backenderr.Is(err, backenderr.InstanceNotFound) {
+		return other // It was the other's a moment ago.
 	}
 	return err
 }

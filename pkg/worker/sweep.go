@@ -56,7 +56,7 @@ func (r *Runtime) settle(ctx context.Context) error {
 		if err != nil {
 			return ledgerError(err, "read live grants")
 		}
-		if err := r.takeUp(ctx, claim); err != nil {
+		if err := r.takeUp(ctx, claim); err != nil && !backenderr.Is(err, backenderr.OtherReplica) {
 			return err
 		}
 	}
