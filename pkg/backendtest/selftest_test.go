@@ -680,7 +680,7 @@ func TestBrokenBackendsAreCaught(t *testing.T) {
 				var failures []string
 				// What a retry meets depends on the moment when it comes: a bug
 				// that shows only then may hide from one run, not from several.
-				for try := 0; try < 4 && len(failures) == 0; try++ {
+				for try := 0; try < 12 && len(failures) == 0; try++ {
 					failures = record(t, hasty(openFake(plain, b.breakage)), c, direct)
 				}
 				if len(failures) == 0 {

@@ -123,8 +123,8 @@ func startServer(t *testing.T, shell bool, adjust func(*Options)) *fixture {
 		Env:            []string{"PATH=/usr/local/bin:/usr/bin:/bin", "IMAGE=yes", "USER=image", "SSH_TTY=stale"},
 		SFTPCommand:    []string{executable, sftpChild},
 		Logger:         slog.New(slog.NewTextHandler(f.log, nil)),
-		KillGrace:      200 * time.Millisecond,
-		StopGrace:      200 * time.Millisecond,
+		KillGrace:      1500 * time.Millisecond,
+		StopGrace:      1500 * time.Millisecond,
 	}
 	if adjust != nil {
 		adjust(&opts)
