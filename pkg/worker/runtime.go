@@ -571,26 +571,31 @@ func (r *Runtime) WatchUntilExit(ctx context.Context, handle backend.Handle, emi
 	if claim == nil {
 		return notFound(handle)
 	}
+	id := backend.GrantID(claim.RequestID)
 	var other error // why there is no keeper here
-	k := r.keeper(backend.GrantID(claim.RequestID))
-	if k == nil {
-		other = r.takeUp(ctx, *claim)
-		if other != nil && !backenderr.Is(other, backenderr.OtherReplica) {
-			return other
+	for {
+		k := r.keeper(id)
+		if k == nil {
+			other = r.takeUp(ctx, *claim)
+			if other != nil && !backenderr.Is(other, backenderr.OtherReplica) {
+				return other
+			}
+			if k = r.keeper(id); k == nil {
+				break
+			}
 		}
-		k = r.keeper(backend.GrantID(claim.RequestID))
-	}
-	if k != nil {
 		err := k.watch(ctx, func(e backend.Event) error { return emit(shown(backend.CallerFrom(ctx), e)) })
 		if !errors.Is(err, errLeaving) {
 			return err
 		}
-		// The keeper left without a final log: a failed attempt, or the process
-		// stops.
+		// The keeper left without a final log: a failed attempt, whose grant may
+		// have been closed meanwhile, or the process stops.
 		if err := k.wait(ctx); err != nil {
 			return callerGone(err)
 		}
-		other = k.gaveWay()
+		if other = k.gaveWay(); other != nil || r.live.Err() != nil {
+			break
+		}
 	}
 	err = r.watchEnded(ctx, *claim, emit)
 	if other != nil && backenderr.Is(err, backenderr.InstanceNotFound) {
