@@ -21,7 +21,7 @@ func TestLongARouterBeforeAWorkerHonoursTheContract(t *testing.T) {
 			b.routeTo(t, b.worker.Addr())
 			return b.fixture(t)
 		},
-		Only:       []string{"identity", "provision", "watch", "terminate", "ownership"},
+		Only:       []string{"identity", "watch", "terminate", "ownership"},
 		Sweep:      backendtest.Sweep{Sample: 3},
 		Skip:       skip,
 		DirectOnly: true,

@@ -349,9 +349,12 @@ func (h *host) wait(ctx context.Context) error {
 		h.mu.Lock()
 		found, problem, changed := h.found, h.problem, h.changed
 		h.mu.Unlock()
+		state := h.conn.State()
 		switch {
-		case found != nil:
+		case found != nil && state.Connected && state.Generation == found.generation:
 			return nil
+		case found != nil:
+			// Its connection has just been lost, which follow is about to notice.
 		case isElsewhere(problem):
 			return h.unavailable(problem)
 		}
