@@ -93,7 +93,14 @@ func terminateCases() []testCase {
 				e.want(err, "Terminate", backenderr.ProviderUnavailable)
 			}
 			fault.Release()
-			e.terminate(e.handle(g.ID))
+			// The backend may have to connect again.
+			e.eventually("Terminate, once the provider can be read", func() bool {
+				t, err := e.b.Terminate(e.ctx(), e.handle(g.ID))
+				if err != nil {
+					e.want(err, "Terminate", backenderr.ProviderUnavailable)
+				}
+				return err == nil && t.State == backend.StateTerminated
+			})
 		}},
 		{name: "terminate/a grant never seen while the provider hangs", needs: []need{needInject}, run: func(e *env) {
 			g, envelope := e.grant()
