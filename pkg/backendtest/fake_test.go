@@ -55,6 +55,9 @@ type fake struct {
 	secret   redact.Secret
 	logs     *lockedBuffer
 	broken   breakage
+	// lags is set if a read may show what was, so that a delete is repeated for as
+	// long as that takes.
+	lags bool
 
 	// points is where the calls of all lives to their ledger pass.
 	points *ledgertest.Points
@@ -117,7 +120,7 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 		if broken.provider != nil {
 			broken.provider(&options)
 		}
-		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken, points: &ledgertest.Points{}}
+		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken, points: &ledgertest.Points{}, lags: options.VisibleAfter > 0}
 		t.Cleanup(f.provider.Close)
 		secret := make([]byte, 32)
 		_, _ = rand.Read(secret) // Never fails.
@@ -243,9 +246,12 @@ func (f *fake) record(id backend.GrantID) (stop func() []Call) {
 			varies := c.RequestID == ledger.RequestID{}
 			calls = append(calls, Call{Side: SideLedger, Point: c.Point, Mutates: c.Mutates, Varies: varies})
 		}
+		deleted := map[backend.GrantID]bool{}
 		for _, c := range f.provider.Calls()[before:] {
 			if id == (backend.GrantID{}) || c.GrantID == id {
-				varies := c.Op == backendfake.OpWait || c.GrantID == backend.GrantID{}
+				again := c.Op == backendfake.OpDelete && deleted[c.GrantID]
+				deleted[c.GrantID] = deleted[c.GrantID] || c.Op == backendfake.OpDelete
+				varies := c.Op == backendfake.OpWait || c.GrantID == backend.GrantID{} || again && f.lags
 				calls = append(calls, Call{Side: SideProvider, Point: string(c.Op), Mutates: c.Op.Mutates(), Varies: varies})
 			}
 		}
