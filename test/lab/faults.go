@@ -87,10 +87,26 @@ func (h *Host) Destroy(ctx context.Context) error {
 	if err := h.Kill(ctx); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(filepath.Dir(h.record.Order.Disk)); err != nil {
+	if err := removeAll(ctx, filepath.Dir(h.record.Order.Disk)); err != nil {
 		return err
 	}
-	return os.RemoveAll(h.dir())
+	return removeAll(ctx, h.dir())
+}
+
+// removeAll removes a directory, again if a file came into it meanwhile: what the
+// host's last process had begun to write may show only now.
+func removeAll(ctx context.Context, dir string) error {
+	for tries := 0; ; tries++ {
+		err := os.RemoveAll(dir)
+		if !errors.Is(err, unix.ENOTEMPTY) || tries == 50 {
+			return err
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // CutOff drops all packets from and to the host, without a word to either side:
