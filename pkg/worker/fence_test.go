@@ -2,8 +2,10 @@ package worker
 
 import (
 	"context"
+	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
@@ -152,7 +154,9 @@ func TestARefusalThatCanNotBeRecordedIsUnclear(t *testing.T) {
 		g, e := grantFor(t, 1)
 		var unlock func()
 		script(s.driver, &s.driver.provision, func(ctx context.Context, o Order) (Ready, error) {
-			unlock = lockLedger(t, s.path)
+			unlock = sync.OnceFunc(lockLedger(t, s.path))
+			// A call that meets the keeper as it leaves waits for the ledger, too.
+			time.AfterFunc(10*time.Minute, unlock)
 			return full(ctx, o)
 		})
 		_, err := s.Provision(fenced(t, 1), g, e)
