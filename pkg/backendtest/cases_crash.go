@@ -310,12 +310,14 @@ func (r *run) attended() bool {
 	patience := time.After(r.patience)
 	for {
 		select {
-		case event := <-w.events:
+		case event, ok := <-w.events:
 			if event.Usage != nil {
 				return true
 			}
-		case err := <-w.done:
-			if err != nil {
+			if ok {
+				continue
+			}
+			if err := w.err(); err != nil {
 				r.Fatalf("WatchUntilExit: %s", describe(err))
 			}
 			return false

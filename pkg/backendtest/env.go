@@ -351,7 +351,7 @@ func receive[T any](e *env, what string, c <-chan T) T {
 // watcher is a watch under way.
 type watcher struct {
 	e      *env
-	events chan backend.Event
+	events chan backend.Event // closed after the end
 	done   chan error
 }
 
@@ -359,6 +359,7 @@ func (e *env) watch(ctx context.Context, h backend.Handle) *watcher {
 	w := &watcher{e: e, events: make(chan backend.Event, 4096), done: make(chan error, 1)}
 	b := e.b
 	go func() {
+		defer close(w.events)
 		w.done <- b.WatchUntilExit(ctx, h, func(event backend.Event) error {
 			w.events <- event
 			return nil
@@ -372,12 +373,13 @@ func (w *watcher) state() backend.State {
 	w.e.Helper()
 	for {
 		select {
-		case event := <-w.events:
+		case event, ok := <-w.events:
+			if !ok {
+				w.e.Fatalf("the watch ended while a state was awaited: %s", describe(<-w.done))
+			}
 			if event.Instance != nil {
 				return event.Instance.State
 			}
-		case err := <-w.done:
-			w.e.Fatalf("the watch ended while a state was awaited: %s", describe(err))
 		case <-time.After(w.e.patience):
 			w.e.Fatalf("waited %s for a state", w.e.patience)
 		}
@@ -390,7 +392,6 @@ func (w *watcher) log() *backend.SignedLog {
 	if err := receive(w.e, "the end of a watch", w.done); err != nil {
 		w.e.Fatalf("WatchUntilExit: %s", describe(err))
 	}
-	close(w.events)
 	var log *backend.SignedLog
 	for event := range w.events {
 		if event.Log != nil {

@@ -2,10 +2,9 @@ package worker
 
 import (
 	"context"
-	"sync"
+	"errors"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
@@ -154,9 +153,7 @@ func TestARefusalThatCanNotBeRecordedIsUnclear(t *testing.T) {
 		g, e := grantFor(t, 1)
 		var unlock func()
 		script(s.driver, &s.driver.provision, func(ctx context.Context, o Order) (Ready, error) {
-			unlock = sync.OnceFunc(lockLedger(t, s.path))
-			// A call that meets the keeper as it leaves waits for the ledger, too.
-			time.AfterFunc(10*time.Minute, unlock)
+			unlock = lockLedger(t, s.path)
 			return full(ctx, o)
 		})
 		_, err := s.Provision(fenced(t, 1), g, e)
@@ -165,6 +162,30 @@ func TestARefusalThatCanNotBeRecordedIsUnclear(t *testing.T) {
 		script(s.driver, &s.driver.provision, nil)
 		if _, err := s.Provision(fenced(t, 1), g, e); err != nil {
 			t.Errorf("the same call again: %v", err)
+		}
+	})
+}
+
+// An attempt may have failed before the caller who began it looks again.
+func TestACallerIsToldOfTheAttemptThatItBegan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := running(t, nil)
+		g, e := grantFor(t, 1)
+		script(s.driver, &s.driver.provision, full)
+		claim, err := s.claimed(as(t, alice), alice, g, e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, joined, err := s.provisioner(t.Context(), claim)
+		if err != nil {
+			t.Fatal(err)
+		}
+		<-k.done
+		_, err = k.join(t.Context(), joined)
+		wantReason(t, err, backenderr.CapacityExhausted, backenderr.CreatedNone)
+		// Others come after it, to the next attempt.
+		if _, err := k.join(t.Context(), false); !errors.Is(err, errLeaving) {
+			t.Errorf("who comes after the attempt: %v, want %v", err, errLeaving)
 		}
 	})
 }

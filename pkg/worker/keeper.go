@@ -87,6 +87,10 @@ func newKeeper(r *Runtime, claim ledger.Claim, ready *backend.Provisioned, p pha
 	if ready != nil {
 		k.state.instance = ready.Instance
 	}
+	if p == phaseProvision {
+		// Its maker, who would be late for an attempt that fails at once.
+		k.callers = 1
+	}
 	if reason != 0 {
 		k.end(reason)
 	}
@@ -141,13 +145,14 @@ func (k *keeper) wait(ctx context.Context) error {
 	}
 }
 
-// join waits as a caller of Provision for the ready instance. errLeaving means
-// that the caller came too late for this keeper's attempt and that the keeper
-// has left: the next keeper makes the next attempt.
-func (k *keeper) join(ctx context.Context) (backend.Provisioned, error) {
+// join waits as a caller of Provision, who may have been counted in already,
+// for the ready instance. errLeaving means that the caller came too late for
+// this keeper's attempt and that the keeper has left: the next keeper makes the
+// next attempt.
+func (k *keeper) join(ctx context.Context, joined bool) (backend.Provisioned, error) {
 	k.mu.Lock()
-	late := k.abandoned || k.failure != nil || k.begin == phaseUndo
-	if !late {
+	late := !joined && (k.abandoned || k.failure != nil || k.begin == phaseUndo)
+	if !late && !joined {
 		k.callers++
 	}
 	k.mu.Unlock()

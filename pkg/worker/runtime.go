@@ -387,11 +387,11 @@ func (r *Runtime) provision(ctx context.Context, grant backend.Grant, envelope b
 	}
 	claim.Fence = fence
 	for {
-		k, err := r.provisioner(ctx, claim)
+		k, joined, err := r.provisioner(ctx, claim)
 		if err != nil {
 			return backend.Provisioned{}, err
 		}
-		p, err := k.join(ctx)
+		p, err := k.join(ctx, joined)
 		if errors.Is(err, errLeaving) {
 			// It is being undone because its callers had gone; this one comes
 			// after them.
@@ -503,30 +503,32 @@ func (r *Runtime) unclaimed(ctx context.Context, id backend.GrantID, err error) 
 }
 
 // provisioner returns the keeper of the grant: the one that runs, or a new one
-// that provisions or, if the grant is ready, watches.
-func (r *Runtime) provisioner(ctx context.Context, claim ledger.Claim) (*keeper, error) {
+// that provisions, which its maker has joined, or, if the grant is ready,
+// watches.
+func (r *Runtime) provisioner(ctx context.Context, claim ledger.Claim) (k *keeper, joined bool, err error) {
 	id := backend.GrantID(claim.RequestID)
 	if k := r.keeper(id); k != nil {
-		return k, nil
+		return k, false, nil
 	}
 	if r.live.Err() != nil {
-		return nil, stopping()
+		return nil, false, stopping()
 	}
 	if err := r.journal.Check(ctx, id); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	ready, err := r.readyInstance(ctx, id)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	if ready != nil {
 		// Also where another replica has it: the answer is in the ledger.
-		return r.keep(claim, ready, phaseWatch, 0), nil
+		return r.keep(claim, ready, phaseWatch, 0), false, nil
 	}
 	if err := r.elsewhere(ctx, id); err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	return r.keep(claim, nil, phaseProvision, 0), nil
+	k, joined = r.keepOrFind(claim, nil, phaseProvision, 0)
+	return k, joined, nil
 }
 
 // keeper returns the grant's keeper, nil if none runs.
@@ -539,17 +541,23 @@ func (r *Runtime) keeper(id backend.GrantID) *keeper {
 // keep returns the grant's keeper, a new one in the given phase if none runs.
 // Once the runtime stops, a new one has left already.
 func (r *Runtime) keep(claim ledger.Claim, ready *backend.Provisioned, p phase, reason backend.EndReason) *keeper {
+	k, _ := r.keepOrFind(claim, ready, p, reason)
+	return k
+}
+
+// keepOrFind is keep, and says whether the keeper is new.
+func (r *Runtime) keepOrFind(claim ledger.Claim, ready *backend.Provisioned, p phase, reason backend.EndReason) (k *keeper, made bool) {
 	id := backend.GrantID(claim.RequestID)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if k := r.keepers[id]; k != nil {
-		return k
+		return k, false
 	}
-	k := newKeeper(r, claim, ready, p, reason)
+	k = newKeeper(r, claim, ready, p, reason)
 	if r.live.Err() != nil {
 		k.failure, k.state.left = stopping(), true
 		close(k.done)
-		return k
+		return k, true
 	}
 	r.keepers[id] = k
 	r.routines.Go(func() {
@@ -559,7 +567,7 @@ func (r *Runtime) keep(claim ledger.Claim, ready *backend.Provisioned, p phase, 
 		r.mu.Unlock()
 		close(k.done)
 	})
-	return k
+	return k, true
 }
 
 // WatchUntilExit implements backend.Backend.
