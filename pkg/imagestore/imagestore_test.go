@@ -316,7 +316,7 @@ func TestFailingServersAreUnavailable(t *testing.T) {
 
 func TestSlowButAliveServerIsNoStall(t *testing.T) {
 	t.Parallel()
-	const idle, parts = 300 * time.Millisecond, 10
+	const idle, parts = 3 * time.Second, 10
 	s := serve(t, imagestore.Config{IdleTimeout: idle}, func(w http.ResponseWriter, _ *http.Request) {
 		tick := time.NewTicker(idle / 6)
 		defer tick.Stop()

@@ -329,10 +329,10 @@ func TestTraffic(t *testing.T) {
 		}
 	})
 	t.Run("AHoleClosesByItselfAndCutsWhatIsOpen", func(t *testing.T) {
-		if err := wall.Open(t.Context(), one.grant, 3*time.Second); err != nil {
+		if err := wall.Open(t.Context(), one.grant, 8*time.Second); err != nil {
 			t.Fatal(err)
 		}
-		through, err := net.DialTimeout("tcp", at(one), time.Second)
+		through, err := net.DialTimeout("tcp", at(one), 5*time.Second)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -341,7 +341,7 @@ func TestTraffic(t *testing.T) {
 			t.Fatal(err)
 		}
 		exchange := func() error {
-			if err := through.SetDeadline(time.Now().Add(time.Second)); err != nil {
+			if err := through.SetDeadline(time.Now().Add(3 * time.Second)); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := through.Write([]byte("x")); err != nil {

@@ -959,7 +959,7 @@ func TestSilentClientsAreEvictedAndRealOnesStay(t *testing.T) {
 }
 
 func TestSlowHandshakeEndsAndIdleSessionsDoNot(t *testing.T) {
-	f := startServer(t, true, func(o *Options) { o.HandshakeTimeout = time.Second })
+	f := startServer(t, true, func(o *Options) { o.HandshakeTimeout = 4 * time.Second })
 	tenant := f.dial(t)
 	conn, err := net.Dial("tcp", f.addr)
 	if err != nil {

@@ -149,7 +149,7 @@ func (s *site) start(t testing.TB) backend.Backend {
 	if err != nil {
 		t.Fatal(err)
 	}
-	driver := backendfake.Open(s.provider, runtime.Env(), backendfake.DriverOptions{BootTimeout: time.Second, UsageInterval: usageInterval})
+	driver := backendfake.Open(s.provider, runtime.Env(), backendfake.DriverOptions{BootTimeout: 4 * time.Second, UsageInterval: usageInterval})
 	if err := runtime.Start(context.WithoutCancel(t.Context()), driver); err != nil {
 		t.Fatal(err)
 	}
