@@ -83,7 +83,8 @@ type ComputeLog struct {
 	Usage      Usage
 	// Final is false when a later log of the same grant replaces this one.
 	Final bool
-	// Sequence counts the logs of one grant from 1.
+	// Sequence is 1 in interim logs, of which the one whose figures reach further
+	// replaces the other, and more in the final one.
 	Sequence uint32
 	// Partial says that figures are missing or cover less than the instance's
 	// life.

@@ -303,7 +303,8 @@ type ComputeLog struct {
 	Usage *Usage `protobuf:"bytes,12,opt,name=usage,proto3" json:"usage,omitempty"`
 	// False: a later log of the same grant replaces this one.
 	Final bool `protobuf:"varint,13,opt,name=final,proto3" json:"final,omitempty"`
-	// Counts the logs of one grant from 1.
+	// 1 in interim logs, of which the one whose figures reach further replaces the
+	// other, and more in the final one.
 	Sequence uint32 `protobuf:"varint,14,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// Some figures are missing or cover less than the instance's life.
 	Partial       bool `protobuf:"varint,15,opt,name=partial,proto3" json:"partial,omitempty"`
