@@ -592,6 +592,33 @@ func TestCallerThatLeavesAtTheLastMomentLeavesNothing(t *testing.T) {
 	})
 }
 
+// Callers may go between the storing of an answer and its giving out. The
+// instance is taken back then, and its answer is nobody's, in this process and
+// the next.
+func TestAnswerOfAnAttemptThatIsGoneIsNotGivenAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := running(t, nil)
+		g, e, first := s.ready()
+		s.stop()
+		if err := s.config.Ledger.MarkGone(t.Context(), ledger.RequestID(g.ID), first.Instance.Attempt); err != nil {
+			t.Fatal(err)
+		}
+		s.start()
+		s.run()
+		if n := len(s.Instances(as(t, alice))); n != 0 {
+			t.Errorf("%d instances are there", n)
+		}
+		again, err := s.Provision(as(t, alice), g, e)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again.Instance.Attempt != first.Instance.Attempt+1 || s.driver.count("provision") != 1 {
+			t.Errorf("attempt %d, after %d calls of the driver", again.Instance.Attempt, s.driver.count("provision"))
+		}
+	})
+}
+
 func TestClosureBeforeTheAnswerWins(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
