@@ -277,6 +277,38 @@ func TestRebootEndsGrantsAndIsReconciled(t *testing.T) {
 	s.terminate(t, s.provision(t, g, e))
 }
 
+// While a host can't be seen, nothing that may run there is recorded as gone, and
+// nobody is told that it has ended.
+func TestNothingIsGoneFromAHostThatCanNotBeSeen(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	s := newSite(t, impatient, h)
+	g, e := grant(s.image(ociimage.Shell), newLogin(t))
+	p := s.provision(t, g, e)
+	if err := h.CutOff(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		end, err := s.runtime.Terminate(caller(ctx), p.Instance.Handle)
+		cancel()
+		if err == nil && end.State == backend.StateTerminated {
+			t.Errorf("it is said to have ended: %+v", end)
+		}
+	}
+	attempts, err := s.driver.env.Journal.Attempts(t.Context(), g.ID)
+	if err != nil || len(attempts) != 1 || attempts[0].Gone {
+		t.Errorf("attempts are %+v, %v", attempts, err)
+	}
+	if err := h.Restore(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	s.terminate(t, p)
+	if attempts, err = s.driver.env.Journal.Attempts(t.Context(), g.ID); err != nil || len(attempts) != 1 || !attempts[0].Gone {
+		t.Errorf("at the end, attempts are %+v, %v", attempts, err)
+	}
+}
+
 func TestLostConnectionIsNoEnd(t *testing.T) {
 	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
