@@ -282,7 +282,7 @@ func TestRebootEndsGrantsAndIsReconciled(t *testing.T) {
 func TestNothingIsGoneFromAHostThatCanNotBeSeen(t *testing.T) {
 	t.Parallel()
 	h := lab.NewHost(t, lab.HostOptions{})
-	s := newSite(t, impatient, h)
+	s := newSite(t, nil, h)
 	g, e := grant(s.image(ociimage.Shell), newLogin(t))
 	p := s.provision(t, g, e)
 	if err := h.CutOff(t.Context()); err != nil {
