@@ -602,11 +602,14 @@ func provisionCases() []testCase {
 }
 
 // joined gives a call that was just begun the time to reach the backend: a
-// probe with other content is answered after it.
+// probe with other content is answered after it. Each waits a moment first, or a
+// process with one processor would go on with the probes alone.
 func (e *env) joined(g backend.Grant, envelope backend.Envelope) {
 	e.Helper()
 	g.AlmanacSequence++
 	for range 3 {
+		timer := time.NewTimer(2 * time.Millisecond)
+		<-timer.C
 		_, err := e.b.Provision(e.ctx(), g, envelope)
 		e.want(err, "Provision with another almanac sequence", backenderr.GrantConflict)
 	}

@@ -184,21 +184,23 @@ func (r *run) held(hold Injection, call <-chan outcome) (o outcome, held bool, e
 }
 
 // gone waits until nothing of the grant is left and the worker is done with it,
-// without failing.
+// without failing. It asks the worker more and more seldom: each time the worker asks
+// its ledger, and how often it does should not differ much between runs.
 func (r *run) gone() error {
+	const often, seldom = 2 * time.Millisecond, 100 * time.Millisecond
 	deadline := time.Now().Add(r.patience)
-	tick := time.NewTicker(2 * time.Millisecond)
-	defer tick.Stop()
-	for !r.isCut() {
+	for wait := often; !r.isCut(); {
 		if len(r.left(r.g.ID)) == 0 {
 			if state, err := r.stateSeen(r.ctx()); err != nil || state == 0 {
 				return err
 			}
+			wait = min(2*wait, seldom)
 		}
 		if time.Now().After(deadline) {
 			return &stuckError{"the undoing of a cancelled Provision", r.patience}
 		}
-		<-tick.C
+		timer := time.NewTimer(wait)
+		<-timer.C
 	}
 	return nil
 }

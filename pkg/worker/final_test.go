@@ -73,6 +73,17 @@ func TestFinalLogIsMergedOfWhatIsKnown(t *testing.T) {
 					Exit: backend.Exit{Reason: backend.EndWorkloadExited, Code: &code, Message: "exited"}, Usage: withCPU(seconds(ended, 90)),
 				},
 			},
+			"both know why, the watch alone the code": {
+				ready: ready, reason: backend.EndWorkloadExited, exit: backend.Exit{Reason: backend.EndWorkloadExited, Code: &code, Message: "exited"},
+				last: &backend.ComputeLog{
+					InstanceID: "i-1", Region: "r", Attempt: 1, Shape: shape, StartedAt: started, EndedAt: ended,
+					Exit: backend.Exit{Reason: backend.EndWorkloadExited, Message: "shut down"},
+				},
+				want: backend.ComputeLog{
+					InstanceID: "i-1", Region: "r", Attempt: 1, Shape: shape, StartedAt: started, EndedAt: ended,
+					Exit: backend.Exit{Reason: backend.EndWorkloadExited, Code: &code, Message: "exited"}, Usage: seconds(ended, 90),
+				},
+			},
 			"the driver knows code and message, but not why": {
 				ready: ready, reason: backend.EndTerminated,
 				last: &backend.ComputeLog{

@@ -549,6 +549,10 @@ func (k *keeper) writeFinal(ctx context.Context, last *backend.ComputeLog, exit 
 			log.Exit.Message = message
 		}
 	}
+	// How the workload ended may have been there to read for Watch only.
+	if log.Exit.Reason == exit.Reason && log.Exit.Code == nil && log.Exit.Signal == "" {
+		log.Exit = exit
+	}
 	if ran && last == nil {
 		log.Partial = true
 	}
