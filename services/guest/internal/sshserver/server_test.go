@@ -12,6 +12,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -44,6 +45,8 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
+	// Commands inherit what is ignored, as SIGHUP is under nohup.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
 	goleak.VerifyTestMain(m)
 }
 
