@@ -219,13 +219,16 @@ func (f *FS) MkdirAll(ctx context.Context, dir string, mode fs.FileMode) error {
 }
 
 func mkdirAll(client *sftp.Client, dir string, mode fs.FileMode, last bool) error {
-	if info, err := client.Stat(dir); err == nil {
-		switch {
-		case !info.IsDir():
-			return &fs.PathError{Op: "mkdir", Path: dir, Err: errNotDir}
-		case last && info.Mode().Perm() != mode:
-			return client.Chmod(dir, mode)
-		}
+	info, err := client.Stat(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return err
+	case !info.IsDir():
+		return &fs.PathError{Op: "mkdir", Path: dir, Err: errNotDir}
+	case last && info.Mode().Perm() != mode:
+		return client.Chmod(dir, mode)
+	default:
 		return nil
 	}
 	if parent := path.Dir(dir); parent != dir {
