@@ -153,11 +153,20 @@ func (e *env) failsAt(point string, kind FaultKind, always bool) {
 	g, envelope := e.grant()
 	fault := e.f.Inject(Fault{Point: point, Kind: kind, Always: always, GrantID: g.ID})
 	defer fault.Release()
-	_, err := e.b.Provision(e.ctx(), g, envelope)
-	select {
-	case <-fault.Reached():
-	default:
-		e.Errorf("%s: the call was never made", what)
+	var err error
+	made := false
+	// A fault before this one may have cost the backend its connection.
+	e.eventually("Provision reaches "+point, func() bool {
+		_, err = e.b.Provision(e.ctx(), g, envelope)
+		select {
+		case <-fault.Reached():
+			made = true
+		default:
+		}
+		return made || !backenderr.Is(err, backenderr.ProviderUnavailable)
+	})
+	if !made {
+		e.Errorf("%s: the call was never made: %s", what, describe(err))
 	}
 	if err == nil && always && kind != FaultLostAnswer {
 		e.Errorf("%s: it succeeded", what)
@@ -173,7 +182,14 @@ func (e *env) failsAt(point string, kind FaultKind, always bool) {
 		}
 	}
 	fault.Release()
-	p := e.provision(g, envelope)
+	var p backend.Provisioned
+	e.eventually("Provision, once nothing fails", func() bool {
+		p, err = e.b.Provision(e.ctx(), g, envelope)
+		if err != nil {
+			e.want(err, what+", and again", backenderr.ProviderUnavailable)
+		}
+		return err == nil
+	})
 	if e.f.History != nil {
 		if h := e.f.History(g.ID); h.AtOnce > 1 {
 			e.Errorf("%s, and again: %d instances at once", what, h.AtOnce)
