@@ -22,7 +22,7 @@ import (
 
 // defaultPatience is how long the suite waits for what should happen at once,
 // unless the fixture says otherwise.
-const defaultPatience = 20 * time.Second
+const defaultPatience = 2 * time.Minute
 
 // The callers that the suite plays.
 var (

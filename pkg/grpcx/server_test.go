@@ -30,7 +30,7 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // patience is how long a test waits for what should happen soon.
-const patience = 20 * time.Second
+const patience = 3 * time.Minute
 
 // lines collects a log.
 type lines struct {

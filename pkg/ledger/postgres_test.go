@@ -199,7 +199,7 @@ func TestASilentPostgresIsUnavailable(t *testing.T) {
 // eventually waits out a busy machine, on which half a second is not much.
 func eventually(t *testing.T, do func() error) {
 	t.Helper()
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(3 * time.Minute)
 	for {
 		err := do()
 		if err == nil {

@@ -28,7 +28,7 @@ import (
 const containerVariable = "GUEST_TEST_CONTAINER"
 
 // patience bounds every wait; nothing waits that long unless it fails.
-const patience = 20 * time.Second
+const patience = 3 * time.Minute
 
 // built are the programs under test, built once by TestMain.
 var built struct{ guest, probe string }

@@ -42,7 +42,7 @@ const (
 	workerName = bridgeID
 	// patience is how long a busy machine with two cores may take for what takes
 	// a second on an idle one.
-	patience = 60 * time.Second
+	patience = 3 * time.Minute
 	// usageInterval is how often the suite's watches report usage.
 	usageInterval = 200 * time.Millisecond
 )

@@ -31,7 +31,7 @@ const (
 
 // patience is how long a test waits for what is under way. What depends on it
 // has failed.
-const patience = 30 * time.Second
+const patience = 3 * time.Minute
 
 // sites counts bridges, for addresses of their own.
 var sites atomic.Uint32

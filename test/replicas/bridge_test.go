@@ -32,7 +32,7 @@ import (
 
 const (
 	// patience is how long a test waits for what must happen on a busy machine.
-	patience = 90 * time.Second
+	patience = 3 * time.Minute
 	// takeover is how long the other replica may take, by the contract.
 	takeover = 10 * time.Second
 	// slots is how many grants a host takes.

@@ -45,9 +45,9 @@ import (
 
 const (
 	// startTimeout is how long a server may take to start on a busy machine.
-	startTimeout = time.Minute
+	startTimeout = 5 * time.Minute
 	// stopTimeout is when a server that doesn't stop is killed.
-	stopTimeout = 30 * time.Second
+	stopTimeout = 2 * time.Minute
 	superuser   = "bridge"
 )
 
@@ -330,28 +330,21 @@ func (s *Server) start(ctx context.Context) error {
 			strconv.FormatUint(uint64(s.cred.Uid), 10), strconv.FormatUint(uint64(s.cred.Gid), 10),
 		}, args...)
 	}
-	deadline := time.Now().Add(startTimeout)
-	for {
-		// No goroutine waits for it, as ctx is never over, so that tests may look
-		// for leaks.
-		cmd := exec.CommandContext(ctx, args[0], args[1:]...)
-		cmd.Dir, cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = "/", logFile, logFile, attributes
-		if err := cmd.Start(); err != nil {
-			return err
-		}
-		err := s.ready(ctx, cmd.Process.Pid, deadline)
-		if err == nil {
-			s.cmd = cmd
-			return nil
-		}
+	// No goroutine waits for it, as ctx is never over, so that tests may look for
+	// leaks.
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = "/", logFile, logFile, attributes
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	if err := s.ready(ctx, cmd.Process.Pid, time.Now().Add(startTimeout)); err != nil {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 		text, _ := os.ReadFile(logFile.Name())
-		// The children of a server that was killed take a moment to notice.
-		if !strings.Contains(string(text[max(0, len(text)-500):]), "still in use") || time.Now().After(deadline) {
-			return fmt.Errorf("%w\n%s", err, text[max(0, len(text)-4000):])
-		}
+		return fmt.Errorf("%w\n%s", err, text[max(0, len(text)-4000):])
 	}
+	s.cmd = cmd
+	return nil
 }
 
 // ready waits until the server takes connections.
@@ -375,7 +368,7 @@ func (s *Server) ready(ctx context.Context, pid int, deadline time.Time) error {
 }
 
 func (s *Server) try(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	conn, err := pgx.Connect(ctx, s.dsn("postgres"))
 	if err != nil {
@@ -459,7 +452,8 @@ func (s *Server) Stop(t testing.TB) {
 	}
 }
 
-// Kill ends the server as a crash does.
+// Kill ends the server as a crash does. Its children, who answer on until they
+// notice, have ended when Kill returns.
 func (s *Server) Kill(t testing.TB) {
 	t.Helper()
 	if err := s.end(syscall.SIGKILL); err != nil {
@@ -498,10 +492,32 @@ func (s *Server) end(signal syscall.Signal) error {
 	if !kill.Stop() {
 		return fmt.Errorf("it did not stop within %s", stopTimeout)
 	}
-	if _, ok := errors.AsType[*exec.ExitError](err); ok {
-		return nil
+	if _, ok := errors.AsType[*exec.ExitError](err); !ok && err != nil {
+		return err
 	}
-	return err
+	return s.deserted()
+}
+
+// deserted waits until no process of a server that ended works in its directory.
+func (s *Server) deserted() error {
+	data := s.data()
+	for deadline := time.Now().Add(stopTimeout); ; <-time.After(10 * time.Millisecond) {
+		cwds, err := filepath.Glob("/proc/[0-9]*/cwd")
+		if err != nil {
+			return err
+		}
+		left := slices.DeleteFunc(cwds, func(cwd string) bool {
+			// Processes end meanwhile.
+			dir, err := os.Readlink(cwd)
+			return err != nil || dir != data
+		})
+		if len(left) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%v still work in %s after %s", left, data, stopTimeout)
+		}
+	}
 }
 
 // destroy stops the server and has the watchdog remove what is left.

@@ -27,7 +27,7 @@ import (
 )
 
 // patience is how long a busy machine may take for what should happen at once.
-const patience = 30 * time.Second
+const patience = 3 * time.Minute
 
 // someGrant is an id that calls can mention.
 var someGrant = strings.Repeat("0123456789abcdef", 4)

@@ -181,10 +181,10 @@ func newSite(t testing.TB, change func(*Config), hosts ...*lab.Host) *site {
 // that the inventory is free, and the hosts have nothing of the bridge but
 // images.
 func (s *site) checkNothingIsLeft() {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.t.Context()), time.Minute)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.t.Context()), 6*time.Minute)
 	defer cancel()
 	if s.runtime != nil {
-		patience := 20 * time.Second
+		patience := 3 * time.Minute
 		if s.t.Failed() { // and may have ended early
 			patience = time.Second
 		}

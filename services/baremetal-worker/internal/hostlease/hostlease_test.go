@@ -27,7 +27,7 @@ const (
 	// ttl is short, so that the tests are; long enough for a loaded machine.
 	ttl = 2 * time.Second
 	// patience bounds what must happen some day.
-	patience = 60 * time.Second
+	patience = 3 * time.Minute
 )
 
 // newHost returns a host with the guest binary.

@@ -205,7 +205,7 @@ func TestPodman(t *testing.T) {
 
 		want := fmt.Sprintf("<%s><><*><unset><%s>", "$HOME %i $(id) 'x' \"y\" --privileged\nSECOND=1", strings.Join(args, "><"))
 		var console string
-		deadline := time.Now().Add(10 * time.Second)
+		deadline := time.Now().Add(3 * time.Minute)
 		for !strings.Contains(console, "read-only") && time.Now().Before(deadline) {
 			raw, err := r.files.Tail(t.Context(), dir+"/console.log", 1<<16)
 			if err != nil {

@@ -47,7 +47,7 @@ func connect(t testing.TB, cfg sshconn.Config) *sshconn.Conn {
 
 func wait(t testing.TB, conn *sshconn.Conn) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	if err := conn.Wait(ctx); err != nil {
 		t.Fatal(err)
@@ -57,7 +57,7 @@ func wait(t testing.TB, conn *sshconn.Conn) {
 // waitState waits until the connection's state is as wanted.
 func waitState(t testing.TB, conn *sshconn.Conn, what string, want func(sshconn.State) bool) sshconn.State {
 	t.Helper()
-	timeout := time.After(30 * time.Second)
+	timeout := time.After(3 * time.Minute)
 	for {
 		state, changed := conn.Changed()
 		if want(state) {

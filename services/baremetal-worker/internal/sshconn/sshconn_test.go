@@ -432,7 +432,7 @@ func (f failing) Read([]byte) (int, error) { return 0, f.err }
 // eventually polls until a condition holds.
 func eventually(t testing.TB, what string, holds func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(15 * time.Second)
+	deadline := time.Now().Add(3 * time.Minute)
 	for !holds() {
 		if time.Now().After(deadline) {
 			t.Fatalf("never: %s", what)
@@ -489,7 +489,7 @@ func TestTheFirstProgramHasASessionOfEveryConnection(t *testing.T) {
 		if line, err := bufio.NewReader(stream).ReadString('\n'); err != nil || line != "hello\n" {
 			t.Errorf("%q, %v", line, err)
 		}
-		for deadline := time.Now().Add(20 * time.Second); stream.Why() != "it's first"; <-time.After(time.Millisecond) {
+		for deadline := time.Now().Add(3 * time.Minute); stream.Why() != "it's first"; <-time.After(time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatalf("standard error is %q", stream.Why())
 			}

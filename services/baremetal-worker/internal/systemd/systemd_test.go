@@ -36,7 +36,7 @@ func connect(t testing.TB, h *lab.Host) (*systemd.Client, *sshconn.Conn) {
 	t.Cleanup(func() { _ = conn.Close() })
 	client := systemd.Open(t.Context(), conn, log)
 	t.Cleanup(func() { _ = client.Close() })
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	if err := client.Wait(ctx); err != nil {
 		t.Fatal(err)
@@ -54,7 +54,7 @@ func sleeper(name string) systemd.Unit {
 // next returns the first status that is as wanted.
 func next(t testing.TB, watch <-chan systemd.UnitStatus, what string, want func(systemd.UnitStatus) bool) systemd.UnitStatus {
 	t.Helper()
-	timeout := time.After(30 * time.Second)
+	timeout := time.After(3 * time.Minute)
 	var last systemd.UnitStatus
 	for {
 		select {
@@ -357,7 +357,7 @@ func TestALostConnection(t *testing.T) {
 		t.Errorf("the start: %v", err)
 	}
 	next(t, ends, "gone", isGone)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	if err := client.Wait(ctx); err != nil {
 		t.Fatal(err)

@@ -24,7 +24,7 @@ import (
 )
 
 // patience bounds every wait; nothing waits that long unless it fails.
-const patience = 20 * time.Second
+const patience = 3 * time.Minute
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 

@@ -94,7 +94,7 @@ trap "echo TERM; exit 3" TERM; echo ready; while :; do sleep 0.01; done`)
 // eventually polls until ok, which is the only way to see another process's doing.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.After(20 * time.Second)
+	deadline := time.After(3 * time.Minute)
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
 	for !ok() {

@@ -35,7 +35,7 @@ import (
 const sftpChild = "sftp-server-of-this-test"
 
 // patience bounds every wait; nothing waits that long unless it fails.
-const patience = 20 * time.Second
+const patience = 3 * time.Minute
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == sftpChild {

@@ -264,7 +264,7 @@ var size = []string{"--image-digest", digest, "--cpu", "500m", "--ram", "512Mi",
 // eventually fails the test unless the condition holds soon.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(20 * time.Second)
+	deadline := time.Now().Add(3 * time.Minute)
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for !condition() {

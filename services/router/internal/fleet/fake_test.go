@@ -213,8 +213,12 @@ func (f *fake) Terminate(ctx context.Context, handle backend.Handle) (backend.Te
 	return t, nil
 }
 
+// answerTimeout is longer than a busy machine takes for a fake's answer. Where one
+// hangs, a test has time of its own.
+const answerTimeout = time.Minute
+
 func (f *fake) member() fleet.Member {
-	return fleet.Member{Name: f.name, Backend: f, AnswerTimeout: 2 * time.Second, Observe: func() fleet.Observation {
+	return fleet.Member{Name: f.name, Backend: f, AnswerTimeout: answerTimeout, Observe: func() fleet.Observation {
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		return f.observed

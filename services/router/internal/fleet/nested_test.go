@@ -44,7 +44,7 @@ func over(t *testing.T, names []string, inner ...*fleet.Fleet) *fleet.Fleet {
 	t.Helper()
 	c := fleet.Config{Name: "outer", Claims: newMemory(), Log: slog.New(slog.DiscardHandler)}
 	for i, f := range inner {
-		c.Members = append(c.Members, fleet.Member{Name: names[i], Backend: hop{f}, AnswerTimeout: 3 * time.Second, Observe: func() fleet.Observation {
+		c.Members = append(c.Members, fleet.Member{Name: names[i], Backend: hop{f}, AnswerTimeout: answerTimeout, Observe: func() fleet.Observation {
 			capabilities, err := f.Capabilities(t.Context())
 			if err != nil {
 				t.Error(err)
@@ -166,7 +166,7 @@ func TestALoopOfRoutersEndsAtTheHopLimit(t *testing.T) {
 	var loop hop
 	f := func(name string, next *hop) *fleet.Fleet {
 		made, err := fleet.New(fleet.Config{Name: name, Claims: newMemory(), Log: slog.New(slog.DiscardHandler), Members: []fleet.Member{{
-			Name: "other", Backend: next, AnswerTimeout: time.Second, Observe: func() fleet.Observation { return fleet.Observation{} },
+			Name: "other", Backend: next, AnswerTimeout: answerTimeout, Observe: func() fleet.Observation { return fleet.Observation{} },
 		}}})
 		if err != nil {
 			t.Fatal(err)

@@ -249,7 +249,7 @@ func newGrant(t *testing.T) (backend.Grant, backend.Envelope) {
 // eventually fails the test unless ok says so soon.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(30 * time.Second)
+	deadline := time.NewTimer(3 * time.Minute)
 	defer deadline.Stop()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()

@@ -169,7 +169,7 @@ func (r *remote) lastCaller() backend.Caller {
 func (r *remote) fast(name string) workers.Config {
 	return workers.Config{
 		Name: name, Client: grpcx.ClientConfig{Target: "unix:" + r.socket},
-		PollInterval: 20 * time.Millisecond, PollTimeout: 10 * time.Second, AnswerTimeout: time.Second, ConnectTimeout: 10 * time.Second,
+		PollInterval: 20 * time.Millisecond, PollTimeout: time.Minute, AnswerTimeout: time.Minute, ConnectTimeout: time.Minute,
 	}
 }
 
@@ -207,7 +207,7 @@ func watch(t *testing.T, w *workers.Worker) <-chan struct{} {
 // eventually fails the test unless ok says so soon.
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(30 * time.Second)
+	deadline := time.NewTimer(3 * time.Minute)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()

@@ -97,7 +97,8 @@ its handle. What is needed to log in is kept below $XDG_STATE_HOME/bridgectl.
 
 Environment: BRIDGECTL_TARGET, BRIDGECTL_IDENTITY, BRIDGECTL_CERT,
 BRIDGECTL_KEY, BRIDGECTL_CA and BRIDGECTL_SERVER_NAME stand in for the flags;
-NO_COLOR turns colours off.
+BRIDGECTL_COMPLETION_TIMEOUT is how long a shell's completion waits for the
+target (1s unless set); NO_COLOR turns colours off.
 
 ` + exitHelp,
 		SilenceUsage: true, SilenceErrors: true,

@@ -13,9 +13,13 @@ import (
 	"github.com/compute-bridge/compute-bridge/services/router/cmd/bridgectl/internal/show"
 )
 
-// completeLimit is how long somebody who pressed a key waits for the target.
-// What it can't say in time isn't offered, and nothing is said of that.
-const completeLimit = time.Second
+// completionTimeout names the environment variable for how long somebody who
+// pressed a key waits for the target, as time.ParseDuration reads it. What the
+// target can't say in time isn't offered, and nothing is said of that.
+const (
+	completionTimeout        = "BRIDGECTL_COMPLETION_TIMEOUT"
+	defaultCompletionTimeout = time.Second
+)
 
 // completion offers what begins with what was typed.
 type completion func(ctx context.Context, a *app) []string
@@ -33,7 +37,11 @@ func (a *app) complete(look completion) cobra.CompletionFunc {
 		if ctx == nil {
 			ctx = context.Background() //nolint:forbidigo // cobra may have none.
 		}
-		ctx, cancel := context.WithTimeout(ctx, completeLimit)
+		limit, err := time.ParseDuration(a.Getenv(completionTimeout))
+		if err != nil || limit <= 0 {
+			limit = defaultCompletionTimeout
+		}
+		ctx, cancel := context.WithTimeout(ctx, limit)
 		defer cancel()
 		offered := []string{}
 		for _, name := range look(ctx, a) {
