@@ -68,12 +68,16 @@ func hasText(text, want string) error {
 	return nil
 }
 
+// lateLimit is how long after its deadline an instance may go on, on a busy
+// machine.
+const lateLimit = 2 * time.Minute
+
 // A deadline that passes while the worker is dead ends the instance, and the
 // next worker closes the books.
 func TestADeadlineWhileTheWorkerIsDead(t *testing.T) {
 	t.Parallel()
 	b := newBridge(t)
-	p := b.provision("--for", "8s", "--ssh-key", "requester.pub")
+	p := b.provision("--for", "20s", "--ssh-key", "requester.pub")
 	w := b.workers[0]
 	if err := b.processes[w.Name].Kill(); err != nil {
 		t.Fatal(err)
@@ -91,7 +95,7 @@ func TestADeadlineWhileTheWorkerIsDead(t *testing.T) {
 		}
 		return err
 	})
-	if late := time.Since(p.Receipt.ValidTo); late < 0 || late > 15*time.Second {
+	if late := time.Since(p.Receipt.ValidTo); late < 0 || late > lateLimit {
 		t.Errorf("it ended %s after its deadline", late)
 	}
 	b.startWorker(w)
@@ -100,7 +104,7 @@ func TestADeadlineWhileTheWorkerIsDead(t *testing.T) {
 	if log.Exit.Reason != "END_REASON_DEADLINE" || log.Usage["cpu_core_milliseconds"].Source != "USAGE_SOURCE_HOST_MEASURED" {
 		t.Errorf("log: %+v", log)
 	}
-	if late := log.EndedAt.Sub(p.Receipt.ValidTo); late < -time.Second || late > 15*time.Second {
+	if late := log.EndedAt.Sub(p.Receipt.ValidTo); late < -time.Second || late > lateLimit {
 		t.Errorf("the log says that it ended %s after its deadline", late)
 	}
 	b.refused(market, 8, []string{"GRANT_ENDED"}, "provision", "--again", p.Instance.id())

@@ -13,7 +13,7 @@ import (
 )
 
 // downLimit bounds the end of a host whose context has no deadline of its own.
-const downLimit = time.Minute
+const downLimit = 3 * time.Minute
 
 // Kill ends the host at once, as a power cut does. Its disk stays: Reboot
 // starts it again.

@@ -29,7 +29,7 @@ import (
 const defaultDiskMiB = 8 << 10
 
 // bootLimit bounds a boot whose context has no deadline of its own.
-const bootLimit = 2 * time.Minute
+const bootLimit = 5 * time.Minute
 
 // HostOptions says what host to start. The zero value is a host with podman and
 // Debian's own sshd configuration.
@@ -369,16 +369,20 @@ func (h *Host) waitSSH(ctx context.Context) error {
 	return nil
 }
 
+// sshAnswerLimit is how long one look at sshd may take. Where nothing answers at all,
+// as before the network is up, the next look finds what this one would wait for.
+const sshAnswerLimit = 5 * time.Second
+
 // sshAnswers tells whether something at addr speaks SSH.
 func (l *Lab) sshAnswers(ctx context.Context, addr string) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	ctx, cancel := context.WithTimeout(ctx, sshAnswerLimit)
 	defer cancel()
 	conn, err := l.Dial(ctx, "tcp", addr)
 	if err != nil {
 		return err
 	}
 	defer conn.Close()
-	if err := conn.SetDeadline(time.Now().Add(time.Second)); err != nil {
+	if err := conn.SetDeadline(time.Now().Add(sshAnswerLimit)); err != nil {
 		return err
 	}
 	banner := make([]byte, 4)
@@ -507,7 +511,7 @@ func (h *Host) command(ctx context.Context, argv ...string) (cmd *exec.Cmd, done
 	cmd.Dir = "/"
 	cmd.SysProcAttr = &unix.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
 	cmd.Cancel = func() error { return killOthers(dir, cmd.Process) }
-	cmd.WaitDelay = 5 * time.Second
+	cmd.WaitDelay = time.Minute
 	return cmd, func() {
 		_ = group.Close()
 		_ = os.Remove(dir) // what the program left running keeps the group
@@ -549,7 +553,7 @@ func (h *Host) console(ctx context.Context) string {
 	if log, err := os.ReadFile(filepath.Join(h.dir(), "console.log")); err == nil && len(log) > 0 {
 		fmt.Fprintf(&text, "console:\n%s\n", lastLines(string(log), 20))
 	}
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if jobs, err := h.Exec(ctx, "systemctl", "list-jobs", "--no-legend"); err == nil {
 		fmt.Fprintf(&text, "jobs:\n%s", jobs)

@@ -193,7 +193,7 @@ func TestConfiguredImageCarriesItsConfiguration(t *testing.T) {
 // eventually waits until f is true, for 10 seconds at most.
 func eventually(t *testing.T, f func() bool) {
 	t.Helper()
-	deadline := time.After(10 * time.Second)
+	deadline := time.After(3 * time.Minute)
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for !f() {
@@ -275,7 +275,7 @@ func TestCutOffIsSilentAndRestoreGoesOn(t *testing.T) {
 	}
 
 	ok(t, h.Restore(t.Context()))
-	ok(t, conn.SetReadDeadline(time.Now().Add(30*time.Second)))
+	ok(t, conn.SetReadDeadline(time.Now().Add(3*time.Minute)))
 	if _, err := conn.Read(rest); err != nil { // sshd's key exchange
 		t.Errorf("after Restore: %v", err)
 	}
@@ -290,7 +290,7 @@ func TestResetConnectionsIsSeenByTheClient(t *testing.T) {
 	_, err = conn.Read(make([]byte, 1024))
 	ok(t, err)
 	ok(t, h.ResetConnections(t.Context()))
-	ok(t, conn.SetReadDeadline(time.Now().Add(10*time.Second)))
+	ok(t, conn.SetReadDeadline(time.Now().Add(3*time.Minute)))
 	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("read: %v, want a reset", err)
 	}

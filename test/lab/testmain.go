@@ -21,7 +21,7 @@ import (
 )
 
 // closeLimit bounds the clean-up after the tests.
-const closeLimit = 2 * time.Minute
+const closeLimit = 5 * time.Minute
 
 // MainOption changes what [Main] does.
 type MainOption func(*mainOptions)

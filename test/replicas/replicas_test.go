@@ -72,7 +72,10 @@ func TestReplicas(t *testing.T) {
 		wrong := b.workers[1-b.place(first)]
 		if _, err := wrong.client.Terminate(call(t), backend.HandleFor(g.ID)); !backenderr.Is(err, backenderr.OtherReplica) ||
 			backenderr.CreatedOf(err) != backenderr.CreatedUnknown || backenderr.From(err).RetryAfter <= 0 {
-			t.Errorf("Terminate at %s: %v", wrong.name, err)
+			// A machine that stood still may have had the host change hands.
+			if holds, _ := holder(b.hosts[b.place(first)]); err != nil || holds != wrong.name {
+				t.Errorf("Terminate at %s: %v; %s has the host", wrong.name, err, holds)
+			}
 		}
 		_, end, log := b.watch(rb, first.Instance.Handle)
 		select { // the owner learns of it from the ledger
@@ -90,17 +93,13 @@ func TestReplicas(t *testing.T) {
 		p := b.provisionOn(ra, 0)
 		ready, end, log := b.watch(rb, p.Instance.Handle)
 		<-ready
-		began := time.Now()
+		took := stopwatch(t)
 		a.kill()
 		b.heldBy(h1, other)
 		// It watches now what it has never heard of before.
 		ready, direct := b.watchAt(other, p)
 		<-ready
-		took := time.Since(began)
-		t.Logf("kill -9 of the owner: the other one watches after %s", took.Round(time.Millisecond))
-		if took > takeover {
-			t.Errorf("taken over after %s, at most %s is allowed", took, takeover)
-		}
+		took("kill -9 of the owner: the other one watches")
 		if n := units(t, h1); n != 1 {
 			t.Errorf("%d units", n)
 		}
@@ -134,14 +133,11 @@ func TestReplicas(t *testing.T) {
 			}
 			return nil
 		})
+		took := stopwatch(t)
 		other.signal(syscall.SIGSTOP)
-		began := time.Now()
 		b.heldBy(h1, a)
 		b.heldBy(h2, a)
-		t.Logf("SIGSTOP of the owner: taken over after %s", time.Since(began).Round(time.Millisecond))
-		if took := time.Since(began); took > takeover {
-			t.Errorf("taken over after %s", took)
-		}
+		took("SIGSTOP of the owner: taken over")
 		// The grant is ended and gone for good before the old owner wakes up.
 		final := b.endAt(a, g.ID)
 		other.signal(syscall.SIGCONT)
@@ -164,16 +160,12 @@ func TestReplicas(t *testing.T) {
 		p := b.provisionOn(rb, 0) // worker a has both
 		ready, end, log := b.watch(ra, p.Instance.Handle)
 		<-ready
+		took := stopwatch(t)
 		mend := cut(t, a)
-		began := time.Now()
 		b.heldBy(h1, other)
 		ready, direct := b.watchAt(other, p)
 		<-ready
-		took := time.Since(began)
-		t.Logf("owner without network: the other one watches after %s", took.Round(time.Millisecond))
-		if took > takeover {
-			t.Errorf("taken over after %s", took)
-		}
+		took("owner without network: the other one watches")
 		b.ended(end, log, b.end(rb, p.Instance.Handle))
 		if err := <-direct; err != nil {
 			t.Error(err)

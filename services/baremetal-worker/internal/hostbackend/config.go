@@ -20,6 +20,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/firewall"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/inventory"
 	"github.com/compute-bridge/compute-bridge/services/baremetal-worker/internal/sshconn"
+	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
 )
 
 // Config is the [backend] section of the worker's configuration.
@@ -30,6 +31,9 @@ type Config struct {
 	// Replica names this process among the replicas of the worker, for people.
 	// Default: the machine's name.
 	Replica string `toml:"replica"`
+	// LeaseTTL is how long this process may be silent before a host ends its
+	// connection, so that another replica can take the host over.
+	LeaseTTL config.Duration `toml:"lease_ttl"`
 	// LenientBoot starts although hosts can't be reached or are unfit; they
 	// join when they come.
 	LenientBoot bool `toml:"lenient_boot"`
@@ -107,6 +111,9 @@ type HostConfig struct {
 
 // Defaults of [Config] and [HostConfig].
 const (
+	defaultLeaseTTL       = guestapi.DefaultLeaseTTL
+	minLeaseTTL           = 2 * time.Second
+	maxLeaseTTL           = time.Minute
 	defaultConnectTimeout = 30 * time.Second
 	defaultReadyTimeout   = time.Minute
 	defaultStopGrace      = 10 * time.Second
@@ -137,6 +144,7 @@ func (c *Config) SetDefaults() {
 		c.GuestBinary = config.Path(filepath.Join(filepath.Dir(program), "guest"))
 	}
 	c.Replica, _ = os.Hostname() // it may stay empty
+	c.LeaseTTL.Duration = defaultLeaseTTL
 	c.ConnectTimeout.Duration = defaultConnectTimeout
 	c.ReadyTimeout.Duration = defaultReadyTimeout
 	c.StopGrace.Duration = defaultStopGrace
@@ -177,6 +185,9 @@ func (c Config) Validate() error {
 		p.Add("backend.guest_binary", "missing")
 	} else if _, err := os.Stat(string(c.GuestBinary)); err != nil {
 		p.Add("backend.guest_binary", "%v", err)
+	}
+	if c.LeaseTTL.Duration < minLeaseTTL || c.LeaseTTL.Duration > maxLeaseTTL {
+		p.Add("backend.lease_ttl", "%s is not between %s and %s", c.LeaseTTL.Duration, minLeaseTTL, maxLeaseTTL)
 	}
 	if c.StopGrace.Duration < time.Second || c.StopGrace.Duration > maxStopGrace {
 		p.Add("backend.stop_grace", "%s is not between 1s and %s", c.StopGrace.Duration, maxStopGrace)

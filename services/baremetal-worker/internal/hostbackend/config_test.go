@@ -51,6 +51,8 @@ func TestEveryKeyOfTheConfigurationIsChecked(t *testing.T) {
 	}{
 		{"backend.guest_binary: missing", func(c *Config) { c.GuestBinary = "" }},
 		{"backend.guest_binary: stat /no/such/guest", func(c *Config) { c.GuestBinary = "/no/such/guest" }},
+		{"backend.lease_ttl: 1.999s is not between 2s and 1m0s", func(c *Config) { c.LeaseTTL.Duration = 1999 * time.Millisecond }},
+		{"backend.lease_ttl: 1m1s is not between 2s and 1m0s", func(c *Config) { c.LeaseTTL.Duration = 61 * time.Second }},
 		{"backend.stop_grace: 0s is not between", func(c *Config) { c.StopGrace.Duration = 0 }},
 		{"backend.stop_grace: 31s is not between", func(c *Config) { c.StopGrace.Duration = 31 * time.Second }},
 		{"backend.usage_interval: 0s is less than", func(c *Config) { c.UsageInterval.Duration = 0 }},

@@ -20,10 +20,11 @@ import (
 // takes a minute.
 func impatient(c *Config) {
 	c.connection = func(c *sshconn.Config) {
-		c.DialTimeout, c.KeepaliveIdle, c.KeepaliveLimit, c.DeadAfter = 2*time.Second, 500*time.Millisecond, 1500*time.Millisecond, 2*time.Second
+		c.DialTimeout, c.KeepaliveIdle, c.KeepaliveLimit, c.DeadAfter = 5*time.Second, time.Second, 4*time.Second, 5*time.Second
 		c.BackoffMin, c.BackoffMax, c.RefusedBackoff = 50*time.Millisecond, 500*time.Millisecond, 2*time.Second
 	}
-	c.undoLimit = 5 * time.Second
+	c.LeaseTTL.Duration = 5 * time.Second
+	c.undoLimit = 10 * time.Second
 }
 
 // fault is something that happens to a host.

@@ -76,7 +76,7 @@ func TestBootNamesWhatIsWrongWithAHost(t *testing.T) {
 func TestUnreachableHostAtBoot(t *testing.T) {
 	t.Parallel()
 	good, gone := lab.NewHost(t, lab.HostOptions{}), lab.NewHost(t, lab.HostOptions{})
-	s := newSite(t, func(c *Config) { c.ConnectTimeout.Duration = 20 * time.Second }, good, gone)
+	s := newSite(t, nil, good, gone)
 	s.stop()
 	if err := gone.CutOff(t.Context()); err != nil {
 		t.Fatal(err)

@@ -66,7 +66,7 @@ func (h *host) leaseConfig() (hostlease.Config, error) {
 	if err != nil {
 		return hostlease.Config{}, err
 	}
-	c := hostlease.Config{Guest: guest, File: runDir + "/" + h.backend.env.BridgeID + "/lease", Name: h.backend.holder}
+	c := hostlease.Config{Guest: guest, File: runDir + "/" + h.backend.env.BridgeID + "/lease", Name: h.backend.holder, TTL: h.backend.config.LeaseTTL.Duration}
 	if h.config.Standby {
 		c.After = standbyDelay
 	}

@@ -70,26 +70,21 @@ func TestDeadlineEndsAnInstance(t *testing.T) {
 	s := newSite(t, nil, h)
 	key := newLogin(t)
 	image := s.image(ociimage.Shell)
-	soonOver := func() (backend.Grant, backend.Provisioned) {
-		g, e := grant(image, key)
-		g.ValidTo = time.Now().Add(12 * time.Second).Truncate(time.Microsecond).UTC()
-		return g, s.provision(t, g, e)
-	}
 	t.Run("with a watcher", func(t *testing.T) {
-		g, p := soonOver()
+		g, _, p := s.provisionBriefly(t, image, key)
 		log := ended(t, s, p, backend.EndDeadline, -1)
 		checkUsage(t, log)
-		if late := log.EndedAt.Sub(g.ValidTo); late > time.Minute || late < -2*time.Second {
+		if late := log.EndedAt.Sub(g.ValidTo); late > lateLimit || late < -2*time.Second {
 			t.Errorf("ended %s after its deadline", late)
 		}
 	})
 	t.Run("without a watcher", func(t *testing.T) {
-		_, p := soonOver()
+		_, _, p := s.provisionBriefly(t, image, key)
 		soon(t, func() error { return s.allFree(t.Context()) })
 		checkUsage(t, ended(t, s, p, backend.EndDeadline, -1))
 	})
 	t.Run("without a worker", func(t *testing.T) {
-		g, p := soonOver()
+		g, _, p := s.provisionBriefly(t, image, key)
 		s.stop()
 		soon(t, func() error {
 			// All but the directory, which has the usage.
@@ -108,7 +103,7 @@ func TestDeadlineEndsAnInstance(t *testing.T) {
 		s.start()
 		log := ended(t, s, p, backend.EndDeadline, -1)
 		checkUsage(t, log)
-		if late := log.EndedAt.Sub(g.ValidTo); late > time.Minute || late < -2*time.Second {
+		if late := log.EndedAt.Sub(g.ValidTo); late > lateLimit || late < -2*time.Second {
 			t.Errorf("ended %s after its deadline", late)
 		}
 	})
@@ -318,7 +313,7 @@ func TestLostConnectionIsNoEnd(t *testing.T) {
 	p := s.provision(t, g, e)
 	events := make(chan backend.Event, 100)
 	watched := make(chan error, 1)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), callTimeout)
 	defer cancel()
 	go func() {
 		watched <- s.runtime.WatchUntilExit(caller(ctx), p.Instance.Handle, func(e backend.Event) error { events <- e; return nil })

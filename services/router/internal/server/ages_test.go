@@ -1,6 +1,7 @@
 package server_test
 
 import (
+	"bytes"
 	"os"
 	"regexp"
 	"slices"
@@ -26,6 +27,17 @@ func (r *router) aged(t *testing.T, age, grace time.Duration) *router {
 	}
 	keys := "max_connection_age = \"" + age.String() + "\"\nmax_connection_age_grace = \"" + grace.String() + "\"\n"
 	write(t, r.path, append([]byte(keys), text...))
+	return r.patient(t)
+}
+
+// patient is the router that waits for a connection however long it takes.
+func (r *router) patient(t *testing.T) *router {
+	t.Helper()
+	text, err := os.ReadFile(r.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, r.path, bytes.ReplaceAll(text, []byte(`connect_timeout = "100ms"`), []byte(`connect_timeout = "3m"`)))
 	return r
 }
 
@@ -95,7 +107,7 @@ func TestAWatchOutlivesTheAgeLimitsOfItsConnections(t *testing.T) {
 	inner, _ := s.router(t, m).aged(t, 350*time.Millisecond, grace).start(t)
 	over := target{"inner", inner.Listen[0].Address}
 	aged, _ := s.routerOver(t, "outer", over).aged(t, 400*time.Millisecond, grace).start(t)
-	calm, _ := s.routerOver(t, "outer", over).start(t)
+	calm, _ := s.routerOver(t, "outer", over).patient(t).start(t)
 
 	handle := backend.HandleFor(grant.ID).Via("deep").Via("inner")
 	told := [2]chan backend.State{make(chan backend.State, 100), make(chan backend.State, 100)}

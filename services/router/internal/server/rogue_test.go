@@ -181,9 +181,7 @@ func newFrontier(t *testing.T, patience time.Duration) *frontier {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const interval = "poll_interval = \"20ms\"\n"
-	limits := fmt.Sprintf("can_satisfy_timeout = \"%[1]s\"\npoll_timeout = \"%[1]s\"\n", patience)
-	write(t, r.path, bytes.ReplaceAll(text, []byte(interval), []byte(interval+limits)))
+	write(t, r.path, bytes.ReplaceAll(text, []byte(`_timeout = "1m"`), fmt.Appendf(nil, "_timeout = %q", patience)))
 	c, _ := r.start(t)
 	conn := s.dial(t, c, "alice")
 	f.alice, f.fleet = backendgrpc.NewClient(conn), bridgev1.NewFleetServiceClient(conn)

@@ -183,7 +183,7 @@ client = [
 ]
 `, files.CertFile, files.KeyFile, files.CAFile, freeAddress(t), filepath.Join(t.TempDir(), "router.sock"), os.Getuid())
 	for _, m := range backends {
-		text += fmt.Sprintf("[[backend]]\nname = %q\ntarget = %q\nserver_name = \"localhost\"\npoll_interval = \"20ms\"\nconnect_timeout = \"100ms\"\n", m.name, m.address)
+		text += fmt.Sprintf("[[backend]]\nname = %q\ntarget = %q\nserver_name = \"localhost\"\npoll_interval = \"20ms\"\nconnect_timeout = \"100ms\"\ncan_satisfy_timeout = \"1m\"\npoll_timeout = \"1m\"\n", m.name, m.address)
 	}
 	r := &router{path: filepath.Join(t.TempDir(), "router.toml")}
 	write(t, r.path, []byte(text))
