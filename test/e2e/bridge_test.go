@@ -152,7 +152,7 @@ func (b *bridge) startRouter() {
 
 // checkEnd ends the bridge and looks at what it leaves.
 func (b *bridge) checkEnd() {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(b.t.Context()), time.Minute)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(b.t.Context()), 2*patience)
 	defer cancel()
 	for _, h := range b.hosts {
 		var left []string

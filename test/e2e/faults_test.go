@@ -120,7 +120,7 @@ func TestARouterDiesWhileAGrantIsMadeAndWatched(t *testing.T) {
 	}
 	b.image = big
 	worker := b.processes[b.workers[0].Name]
-	making := b.start(b.grantArgs(own("-o", "json", "--timeout", "90s")...)...)
+	making := b.start(b.grantArgs(own("-o", "json", "--timeout", "5m")...)...)
 	b.soon("the worker is at it", func() error { return hasText(worker.LogTail(), "Provisioning") })
 	if err := b.router.Kill(); err != nil {
 		t.Fatal(err)

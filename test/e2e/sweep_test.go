@@ -137,7 +137,7 @@ func TestTheJanitorWithEverythingDead(t *testing.T) {
 	}
 	b.image = big
 	half := strings.Repeat("cd", 32)
-	making := b.start(b.grantArgs(own("--request-id", half, "--timeout", "90s")...)...)
+	making := b.start(b.grantArgs(own("--request-id", half, "--timeout", "5m")...)...)
 	// The image comes first, and takes long on a machine with much to do.
 	err = poll(t.Context(), 3*patience, func() error {
 		if _, dir := b.of("e2e", half); !dir {
@@ -295,13 +295,21 @@ func TestTheJanitorBesideALiveWorker(t *testing.T) {
 		t.Fatal(err)
 	}
 	b.image = big
-	worker := b.processes[w.Name]
+	// The last of the worker's lines that says so: older ones leave the tail.
+	provisioning := func() (last string) {
+		for line := range strings.Lines(b.processes[w.Name].LogTail()) {
+			if strings.Contains(line, `"Provisioning"`) {
+				last = line
+			}
+		}
+		return last
+	}
 	made := make([]provisioned, 3)
 	for i := range made {
-		started := strings.Count(worker.LogTail(), `"Provisioning"`)
-		making := b.start(b.grantArgs(own("-o", "json", "--timeout", "90s")...)...)
+		before := provisioning()
+		making := b.start(b.grantArgs(own("-o", "json", "--timeout", "5m")...)...)
 		b.soon("the worker is at it", func() error {
-			if strings.Count(worker.LogTail(), `"Provisioning"`) == started {
+			if last := provisioning(); last == "" || last == before {
 				return errors.New("not yet")
 			}
 			return nil
