@@ -389,6 +389,11 @@ func readSpool(log *backend.ComputeLog, s guestapi.Spool, stopped bool) {
 		log.EndedAt = *s.StoppedAt
 	}
 	log.Exit = exitOf(text(s.Result), text(s.ExitCode), text(s.ExitStatus))
+	// systemd has one word for a deadline that passed and for a stop that took too
+	// long. The host's clock may be off, but not by more than this.
+	if log.Exit.Reason == backend.EndDeadline && log.EndedAt.Before(log.ValidTo.Add(-maxClockSkew)) {
+		log.Exit.Reason = backend.EndWorkloadExited
+	}
 	if stopped && log.Exit.Reason != backend.EndDeadline && log.Exit.Reason != backend.EndOutOfMemory {
 		log.Exit.Reason = 0
 	}
@@ -424,7 +429,7 @@ func exitOf(result, code, status string) backend.Exit {
 	exit := backend.Exit{Reason: backend.EndWorkloadExited}
 	switch result {
 	case "timeout":
-		// The only timeout of a running unit is RuntimeMaxSec: the deadline.
+		// RuntimeMaxSec, the deadline; or else a stop that took too long.
 		exit.Reason = backend.EndDeadline
 	case "oom-kill":
 		exit.Reason = backend.EndOutOfMemory

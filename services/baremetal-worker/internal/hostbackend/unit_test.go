@@ -222,7 +222,7 @@ func TestUsageIsTakenFromTheSpool(t *testing.T) {
 	spool := guestapi.Spool{RecordedAt: time.Unix(1011, 0), StartedAt: &start, StoppedAt: &stop, Result: word("exit-code"), ExitCode: word("exited"), ExitStatus: word("3")}
 	spool.Usage.CPUUsageUsec, spool.Usage.NetworkReceivedBytes = number(2_500_999), number(1<<64-1)
 
-	var log backend.ComputeLog
+	log := backend.ComputeLog{ValidTo: stop}
 	readSpool(&log, spool, false)
 	if log.Exit.Reason != backend.EndWorkloadExited || log.Exit.Code == nil || *log.Exit.Code != 3 {
 		t.Errorf("exit %+v", log.Exit)
@@ -247,6 +247,16 @@ func TestUsageIsTakenFromTheSpool(t *testing.T) {
 	readSpool(&log, spool, true)
 	if log.Exit.Reason != backend.EndDeadline {
 		t.Errorf("the deadline passed, and the log says %s", log.Exit.Reason)
+	}
+	// A stop that took too long, well before the deadline.
+	log.ValidTo = stop.Add(maxClockSkew + time.Second)
+	readSpool(&log, spool, true)
+	if log.Exit.Reason != 0 {
+		t.Errorf("the worker stopped it, which took long, and the log says %s", log.Exit.Reason)
+	}
+	readSpool(&log, spool, false)
+	if log.Exit.Reason != backend.EndWorkloadExited {
+		t.Errorf("something stopped it, which took long, and the log says %s", log.Exit.Reason)
 	}
 	readSpool(&log, guestapi.Spool{RecordedAt: stop}, false)
 	if !log.Partial || log.EndedAt != stop {
