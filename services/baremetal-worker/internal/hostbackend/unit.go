@@ -33,6 +33,11 @@ const tasksMax = 8192
 // image is on the host by then.
 const startTimeout = time.Minute
 
+// minStopTimeout is what a phase of the unit's stop has at least, however short the
+// grace: on a busy host, what cleans up takes seconds, and if it were cut off
+// something of the grant would stay until the worker comes.
+const minStopTimeout = 15 * time.Second
+
 // runRootSize bounds what podman keeps for a container until the next boot: some
 // hundred KiB, and what a workload writes to /etc/hosts.
 const runRootSize = "16m"
@@ -173,7 +178,7 @@ func (w workload) unit() (systemd.Unit, error) {
 		TimeoutStart:     startTimeout,
 		// Each of the stop's phases has this long; together they stay within
 		// the minute that an end may take.
-		TimeoutStop:   w.stopGrace + 5*time.Second,
+		TimeoutStop:   max(w.stopGrace+5*time.Second, minStopTimeout),
 		CPUMillicores: uint64(w.params.Shape.CPU),       //nolint:gosec // validated
 		MemoryMax:     uint64(w.params.Shape.RAM) << 20, //nolint:gosec // validated
 		MemorySwapMax: &noSwap,
