@@ -168,8 +168,8 @@ func TestASilentPostgresIsUnavailable(t *testing.T) {
 	tap := pgtest.NewTap(t, server)
 	// No call may take longer than a second.
 	config := ledger.Config{Driver: ledger.DriverPostgres, DSN: tap.DSN(server.Database(t)), BusyTimeout: 500 * time.Millisecond}
-	l, err := ledger.Open(t.Context(), config)
-	must(t, err)
+	var l *ledger.Ledger
+	eventually(t, func() (err error) { l, err = ledger.Open(t.Context(), config); return err })
 	defer func() { must(t, l.Close()) }()
 	eventually(t, func() error { return put(t.Context(), l, 1) })
 	calls := map[string]func(context.Context) error{
