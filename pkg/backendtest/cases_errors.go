@@ -174,9 +174,9 @@ func (e *env) failsAt(point string, kind FaultKind, always bool) {
 	}
 	fault.Release()
 	p, err := e.b.Provision(e.ctx(), g, envelope)
-	if kind == FaultLostAnswer && backenderr.Is(err, backenderr.ProviderUnavailable) {
-		// It came while the backend was losing the connection on which the answer
-		// was lost, and is told so; the next one waits for another connection.
+	// It may come while the backend is losing the connection on which the answer
+	// was lost, or has no other one yet, and is told so.
+	for end := time.Now().Add(e.patience); kind == FaultLostAnswer && backenderr.Is(err, backenderr.ProviderUnavailable) && time.Now().Before(end); {
 		<-time.After(100 * time.Millisecond)
 		p, err = e.b.Provision(e.ctx(), g, envelope)
 	}

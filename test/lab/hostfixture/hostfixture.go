@@ -103,10 +103,12 @@ func (s *Site) everywhere(ctx context.Context, args ...string) ([]string, error)
 
 // quickLook lists what a grant makes on a host, by one command: h.Leftovers
 // finds more and takes half a second. Containers and disks are in the grants'
-// directories. $1 is the bridge.
+// directories. An inactive unit never started or has ended without a fault; or
+// somebody has just asked systemd about it, which remembers it for a moment.
+// $1 is the bridge.
 const quickLook = `
 cd "/var/lib/compute-bridge/$1/grants" 2>/dev/null && find . -mindepth 1 -maxdepth 1 -printf 'directory %f\n'
-systemctl list-units --all --plain --no-legend 'cb-*' | while read -r unit rest; do echo "unit $unit"; done
+systemctl list-units --all --plain --no-legend 'cb-*' | while read -r unit load active rest; do [ "$active" = inactive ] || echo "unit $unit"; done
 for file in /etc/containers/networks/cb-* /sys/class/net/cb* /run/compute-bridge/"$1"/*; do [ ! -e "$file" ] || [ "${file##*/}" = lease ] || echo "$file"; done
 grep -o ' /var/lib/compute-bridge/[^ ]* ' /proc/self/mounts
 nft list table inet "compute_bridge_$(echo "$1" | tr - _)" 2>/dev/null | grep 'elements ='

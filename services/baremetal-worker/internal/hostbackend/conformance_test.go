@@ -159,7 +159,7 @@ func openSuiteSite(t testing.TB, hosts []*lab.Host, dir string, image archive) *
 	s.config.GuestBinary = config.Path(filepath.Join(dir, "guest"))
 	s.config.ImageStore.Base = filepath.Join(dir, "images")
 	s.config.StopGrace.Duration = time.Second
-	s.config.ConnectTimeout.Duration, s.config.LeaseTTL.Duration = callTimeout, 20*time.Second
+	s.config.ConnectTimeout.Duration, s.config.LeaseTTL.Duration = callTimeout, 10*time.Second
 	s.config.UsageInterval.Duration = suiteUsageInterval
 	s.wires = hostfixture.NewWires(new(ledgertest.Points), s.kill)
 	for n, tap := range s.wires.Open(t, hosts...) {
