@@ -68,7 +68,7 @@ type Fixture struct {
 	ShortestLife time.Duration
 
 	// Patience is how long to wait for what should happen at once; 0 means
-	// 20 s.
+	// 2 min.
 	Patience time.Duration
 
 	// Leftovers returns everything that the provider holds for the bridge, of

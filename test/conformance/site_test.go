@@ -41,8 +41,8 @@ const (
 	// that it asked.
 	workerName = bridgeID
 	// patience is how long a busy machine with two cores may take for what takes
-	// a second on an idle one.
-	patience = 3 * time.Minute
+	// a second on an idle one. Some calls that a kill leaves hanging wait it out.
+	patience = 90 * time.Second
 	// usageInterval is how often the suite's watches report usage.
 	usageInterval = 200 * time.Millisecond
 )

@@ -36,7 +36,7 @@ var (
 const (
 	// suitePatience is how long a busy machine with two cores may take for what
 	// takes a second on an idle one.
-	suitePatience = 3 * time.Minute
+	suitePatience = 90 * time.Second
 	// suiteUsageInterval is how often the suite's watches report usage.
 	suiteUsageInterval = 200 * time.Millisecond
 	// suiteSweepInterval and suiteOrphanAge are short, for there are cases that
