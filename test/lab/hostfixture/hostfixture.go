@@ -103,9 +103,9 @@ func (s *Site) everywhere(ctx context.Context, args ...string) ([]string, error)
 
 // quickLook lists what a grant makes on a host, by one command: h.Leftovers
 // finds more and takes half a second. Containers and disks are in the grants'
-// directories. An inactive unit never started or has ended without a fault; or
-// somebody has just asked systemd about it, which remembers it for a moment.
-// $1 is the bridge.
+// directories. An inactive unit doesn't count: systemd lists a start that came
+// too late, and that the unit's condition refuses, so for a moment. $1 is the
+// bridge.
 const quickLook = `
 cd "/var/lib/compute-bridge/$1/grants" 2>/dev/null && find . -mindepth 1 -maxdepth 1 -printf 'directory %f\n'
 systemctl list-units --all --plain --no-legend 'cb-*' | while read -r unit load active rest; do [ "$active" = inactive ] || echo "unit $unit"; done
