@@ -47,7 +47,7 @@ func errorCases() []testCase {
 			e.failsAt(e.f.CreatePoint, FaultLostAnswer, true)
 		}},
 		{name: "errors/clean-up that isn't confirmed is unknown", needs: []need{needInject}, run: func(e *env) {
-			making := e.provisionPoints()
+			making := e.allProvisionPoints()
 			ending := e.endPoints()
 			g, envelope := e.grant()
 			faults := []Injection{e.f.Inject(Fault{Point: e.f.CreatePoint, Kind: FaultLostAnswer, Always: true, GrantID: g.ID})}
