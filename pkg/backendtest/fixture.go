@@ -67,6 +67,10 @@ type Fixture struct {
 	// accepts and that, on an idle machine, leaves time to provision.
 	ShortestLife time.Duration
 
+	// LosesConnection says that a lost answer costs the backend its connection to
+	// the provider: calls may be told so until it has another.
+	LosesConnection bool
+
 	// Patience is how long to wait for what should happen at once; 0 means
 	// 2 min.
 	Patience time.Duration

@@ -430,12 +430,13 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 		t.Fatal(err)
 	}
 	f := &backendtest.Fixture{
-		Backend:       all,
-		ShortestLife:  2 * time.Second,
-		Patience:      patience,
-		UsageInterval: usageInterval,
-		Measures:      true,
-		Logs:          b.logs,
+		Backend:         all,
+		ShortestLife:    2 * time.Second,
+		Patience:        patience,
+		LosesConnection: true,
+		UsageInterval:   usageInterval,
+		Measures:        true,
+		Logs:            b.logs,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
 			g := backend.Grant{
 				Image: b.ground.image, PostHash: b.ground.image.Digest.Sum, Shape: suiteShape, MinIsolation: backend.IsolationContainer,

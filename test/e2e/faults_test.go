@@ -68,9 +68,8 @@ func hasText(text, want string) error {
 	return nil
 }
 
-// lateLimit is how long after its deadline an instance may go on, on a busy
-// machine.
-const lateLimit = 2 * time.Minute
+// lateLimit is how long after its deadline an instance may go on.
+const lateLimit = 15 * time.Second
 
 // A deadline that passes while the worker is dead ends the instance, and the
 // next worker closes the books.

@@ -190,7 +190,7 @@ func TestConfiguredImageCarriesItsConfiguration(t *testing.T) {
 	eventually(t, func() bool { return onHost(t, h, "podman", "logs", "configured") == want })
 }
 
-// eventually waits until f is true, for 10 seconds at most.
+// eventually waits until f is true, for three minutes at most.
 func eventually(t *testing.T, f func() bool) {
 	t.Helper()
 	deadline := time.After(3 * time.Minute)

@@ -72,10 +72,7 @@ func TestReplicas(t *testing.T) {
 		wrong := b.workers[1-b.place(first)]
 		if _, err := wrong.client.Terminate(call(t), backend.HandleFor(g.ID)); !backenderr.Is(err, backenderr.OtherReplica) ||
 			backenderr.CreatedOf(err) != backenderr.CreatedUnknown || backenderr.From(err).RetryAfter <= 0 {
-			// A machine that stood still may have had the host change hands.
-			if holds, _ := holder(b.hosts[b.place(first)]); err != nil || holds != wrong.name {
-				t.Errorf("Terminate at %s: %v; %s has the host", wrong.name, err, holds)
-			}
+			t.Errorf("Terminate at %s: %v", wrong.name, err)
 		}
 		_, end, log := b.watch(rb, first.Instance.Handle)
 		select { // the owner learns of it from the ledger

@@ -103,12 +103,17 @@ func (s *Site) everywhere(ctx context.Context, args ...string) ([]string, error)
 
 // quickLook lists what a grant makes on a host, by one command: h.Leftovers
 // finds more and takes half a second. Containers and disks are in the grants'
-// directories. An inactive unit doesn't count: systemd lists a start that came
-// too late, and that the unit's condition refuses, so for a moment. $1 is the
-// bridge.
+// directories. systemd lists a start that comes too late as an inactive unit
+// until it has looked at the unit's condition, which refuses it: what is inactive is
+// given a second to be gone, or to be something else. $1 is the bridge.
 const quickLook = `
 cd "/var/lib/compute-bridge/$1/grants" 2>/dev/null && find . -mindepth 1 -maxdepth 1 -printf 'directory %f\n'
-systemctl list-units --all --plain --no-legend 'cb-*' | while read -r unit load active rest; do [ "$active" = inactive ] || echo "unit $unit"; done
+for try in $(seq 20); do
+	units=$(systemctl list-units --all --plain --no-legend 'cb-*')
+	echo "$units" | grep -q ' inactive ' || break
+	sleep 0.05
+done
+echo "$units" | while read -r unit rest; do [ -z "$unit" ] || echo "unit $unit"; done
 for file in /etc/containers/networks/cb-* /sys/class/net/cb* /run/compute-bridge/"$1"/*; do [ ! -e "$file" ] || [ "${file##*/}" = lease ] || echo "$file"; done
 grep -o ' /var/lib/compute-bridge/[^ ]* ' /proc/self/mounts
 nft list table inet "compute_bridge_$(echo "$1" | tr - _)" 2>/dev/null | grep 'elements ='

@@ -137,3 +137,16 @@ func TestSlotsShareNeitherAddressesNorUsers(t *testing.T) {
 		}
 	}
 }
+
+func TestLeaseLastsAsConfigured(t *testing.T) {
+	t.Parallel()
+	d, err := newDirs("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := &Backend{dirs: d, guestSum: strings.Repeat("0f", 32)}
+	b.config.LeaseTTL.Duration = 17 * time.Second
+	if c, err := (&host{backend: b}).leaseConfig(); err != nil || c.TTL != 17*time.Second {
+		t.Errorf("lease of %s, %v", c.TTL, err)
+	}
+}

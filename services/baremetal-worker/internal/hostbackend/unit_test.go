@@ -101,6 +101,11 @@ func TestStopFitsTheGraceOfTheContract(t *testing.T) {
 	if unit.TimeoutStop < w.stopGrace || unit.TimeoutStop > time.Minute {
 		t.Errorf("each phase may take %s", unit.TimeoutStop)
 	}
+	// What cleans up has its time, too, however short the grace.
+	w.stopGrace = time.Second
+	if brief, err := w.unit(); err != nil || brief.TimeoutStop < minStopTimeout {
+		t.Errorf("with a short grace each phase may take %s, %v", brief.TimeoutStop, err)
+	}
 	if unit.RuntimeMax != w.lifetime {
 		t.Errorf("runs for %s, not %s", unit.RuntimeMax, w.lifetime)
 	}
