@@ -46,30 +46,13 @@ func crashCases() []testCase {
 			}})
 		}},
 		{name: "orphans/of a crash while a cancelled Provision is undone", needs: needs(needOrphanAge), direct: true, run: func(e *env) {
-			points := e.allProvisionPoints()
-			last := points[len(points)-1]
-			e.crashes(script{
-				held: last,
-				act: func(r *run) error {
-					hold := r.f.Inject(Fault{Point: last, Kind: FaultSlow, GrantID: r.g.ID})
-					defer hold.Release()
-					ctx, leave := context.WithCancel(r.ctx())
-					defer leave()
-					call := r.begin(ctx, r.g, r.envelope)
-					if o, held, err := r.held(hold, call); !held {
-						return orFailed(o.err, err)
-					}
-					leave()
-					if _, err := await(r.env, "the cancelled Provision", call); err != nil {
-						return err
-					}
-					return r.gone()
-				},
-				settle: func(r *run) {
-					r.settledAlone()
-					retried(r)
-				},
-			})
+			e.crashes(cancelled(e, func(r *run) {
+				r.settledAlone()
+				retried(r)
+			}))
+		}},
+		{name: "crash/while a cancelled Provision is undone, which is then retried", needs: needs(), direct: true, run: func(e *env) {
+			e.crashes(cancelled(e, retried))
 		}},
 		{name: "crash/while a cancelled Provision is retried", needs: needs(), direct: true, run: func(e *env) {
 			create := e.f.CreatePoint
@@ -324,6 +307,33 @@ func (r *run) attended() bool {
 		case <-patience:
 			r.Fatalf("waited %s for usage so far", r.patience)
 		}
+	}
+}
+
+// cancelled is a Provision whose caller leaves at its last call to the provider,
+// and the undoing that follows.
+func cancelled(e *env, settle func(r *run)) script {
+	e.Helper()
+	points := e.allProvisionPoints()
+	last := points[len(points)-1]
+	return script{
+		held: last,
+		act: func(r *run) error {
+			hold := r.f.Inject(Fault{Point: last, Kind: FaultSlow, GrantID: r.g.ID})
+			defer hold.Release()
+			ctx, leave := context.WithCancel(r.ctx())
+			defer leave()
+			call := r.begin(ctx, r.g, r.envelope)
+			if o, held, err := r.held(hold, call); !held {
+				return orFailed(o.err, err)
+			}
+			leave()
+			if _, err := await(r.env, "the cancelled Provision", call); err != nil {
+				return err
+			}
+			return r.gone()
+		},
+		settle: settle,
 	}
 }
 

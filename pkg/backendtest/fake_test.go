@@ -32,6 +32,8 @@ import (
 type breakage struct {
 	// provider changes the provider.
 	provider func(*backendfake.Options)
+	// patience is the suite's; 0 means one in which what hangs fails soon.
+	patience time.Duration
 	// bugs are the driver's.
 	bugs []backendfake.Bug
 	// orphanAge is how soon the worker takes what is cut off for an orphan; 0

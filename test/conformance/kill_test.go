@@ -86,7 +86,8 @@ func inLongTests() map[string]string {
 	skip := map[string]string{}
 	for _, name := range []string{
 		"during Provision with a sealed key, which is then retried", "during Provision, and then Terminate",
-		"while a cancelled Provision is retried", "during a watch until the workload's end",
+		"while a cancelled Provision is retried", "while a cancelled Provision is undone, which is then retried",
+		"during a watch until the workload's end",
 		"during a watch until the deadline", "during Terminate, which nobody retries", "during Terminate of what is being made",
 		"during a restart",
 	} {
