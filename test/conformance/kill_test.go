@@ -61,15 +61,9 @@ func TestLongTheWorkersCallsFail(t *testing.T) {
 	runOnWorkers(t, killGrounds(t, 2), backendtest.Harness{Only: []string{"faults"}, Sweep: backendtest.Sweep{Sample: 5, Parallel: 2}})
 }
 
-// TestARouterIsKilledAtItsCalls kills the built router, and nothing else, before
-// or after some of the calls that it makes to its worker and to its ledger,
-// starts it again, and asks for the same.
-func TestARouterIsKilledAtItsCalls(t *testing.T) {
-	sweepRouter(t, backendtest.Harness{Only: []string{"crash"}, Skip: inLongTests(), Sweep: backendtest.Sweep{Sample: 2}})
-}
-
-// TestLongARouterIsKilledAtEveryCall does so before and after all that change
-// something.
+// TestLongARouterIsKilledAtEveryCall kills the built router, and nothing else,
+// before and after all the calls to its worker and to its ledger that change
+// something, starts it again, and asks for the same.
 func TestLongARouterIsKilledAtEveryCall(t *testing.T) {
 	sweepRouter(t, backendtest.Harness{Only: []string{"crash"}, Sweep: backendtest.Sweep{MutatingOnly: true, Parallel: 2}})
 }
