@@ -67,7 +67,8 @@ type Config struct {
 	// before the kernel gives the connection up. Default 25 s.
 	DeadAfter time.Duration
 	// BackoffMin and BackoffMax bound the pause between dials, which doubles
-	// and is jittered. Default 0.5 s and 30 s.
+	// and is jittered. A connection that holds for longer than the next pause
+	// would be starts it over. Default 0.5 s and 30 s.
 	BackoffMin, BackoffMax time.Duration
 	// RefusedBackoff is the pause after a wrong host key or a refused login.
 	// OpenSSH from 9.8 on locks a source out that keeps failing, so it is
@@ -367,6 +368,7 @@ func (c *Conn) manage(ctx context.Context) {
 		if err == nil {
 			c.log.InfoContext(ctx, "Connected to host", "generation", l.generation, "server", string(l.client.ServerVersion()),
 				"duration_ms", time.Since(began).Milliseconds())
+			connected := time.Now()
 			err = c.hold(ctx, l)
 			if ctx.Err() != nil {
 				return
@@ -376,10 +378,7 @@ func (c *Conn) manage(ctx context.Context) {
 				continue
 			}
 			c.log.WarnContext(ctx, "Lost connection to host", "error", err, "generation", l.generation)
-			// One that held for a while was a good one: start over quickly.
-			if time.Since(began) > c.cfg.BackoffMax {
-				pause = c.cfg.BackoffMin
-			}
+			pause = c.cfg.pauseAfter(pause, time.Since(connected))
 		} else {
 			c.log.WarnContext(ctx, "Cannot connect to host", "error", err, "address", c.cfg.Address)
 			c.setState(func(s *State) { s.LastError = err })
@@ -399,6 +398,16 @@ func (c *Conn) manage(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// pauseAfter returns the pause after a connection that held for a while, where the
+// one before it would be due. Hosts that come and go are away for no longer than
+// they were there.
+func (c *Config) pauseAfter(due, held time.Duration) time.Duration {
+	if held > due {
+		return c.BackoffMin
+	}
+	return due
 }
 
 // dial makes the connection, or says why not.
