@@ -27,8 +27,8 @@ MODULES = $(or $(shell go list -m -f '{{.Dir}}'),$(error no module found: is go 
 P ?= 2
 # A run that hangs should say where, long before CI gives up on it. This is for
 # one package; LONG_TIMEOUT is that of `make test-long`.
-TEST_TIMEOUT ?= 30m
-LONG_TIMEOUT ?= 60m
+TEST_TIMEOUT ?= 20m
+LONG_TIMEOUT ?= 40m
 # What is tested; `make test PACKAGES=./test/...` for the end-to-end tests only.
 PACKAGES ?= $(ALL_PACKAGES)
 # Further arguments of go test, for example TESTFLAGS='-run TestTerminate -v'.

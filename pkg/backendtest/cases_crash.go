@@ -61,18 +61,12 @@ func crashCases() []testCase {
 				// The retry may come before the undoing has begun.
 				varies: true,
 				act: func(r *run) error {
-					hold := r.f.Inject(Fault{Point: create, Kind: FaultSlow, GrantID: r.g.ID})
-					defer hold.Release()
-					ctx, leave := context.WithCancel(r.ctx())
-					defer leave()
-					first := r.begin(ctx, r.g, r.envelope)
-					if o, held, err := r.held(hold, first); !held {
-						return orFailed(o.err, err)
-					}
-					leave()
-					second := r.begin(r.ctx(), r.g, r.envelope)
-					hold.Release()
-					if _, err := await(r.env, "the cancelled Provision", first); err != nil {
+					var second <-chan outcome
+					left, err := r.leaves(create, func(hold Injection) {
+						second = r.begin(r.ctx(), r.g, r.envelope)
+						hold.Release()
+					})
+					if !left || err != nil {
 						return err
 					}
 					o, err := await(r.env, "the retried Provision", second)
@@ -134,8 +128,9 @@ func crashCases() []testCase {
 						return orFailed(o.err, err)
 					}
 					err := r.ended(r.ctx())
-					// A worker's Terminate has ended the call by now; between a
-					// router and its worker it would hang on.
+					// A worker's Terminate has ended the call by now (the case
+					// "terminate/during Provision, at each step" holds it to that);
+					// between a router and its worker it would hang on.
 					hold.Release()
 					if _, late := await(r.env, "Provision", making); late != nil {
 						return late
@@ -313,6 +308,24 @@ func (r *run) attended() bool {
 	}
 }
 
+// leaves provisions the grant, and has the caller leave when the first call of a
+// point is held; meanwhile is what goes on before Provision has returned. left is
+// false if the call was never made, as when it failed before.
+func (r *run) leaves(point string, meanwhile func(hold Injection)) (left bool, err error) {
+	hold := r.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: r.g.ID})
+	defer hold.Release()
+	ctx, leave := context.WithCancel(r.ctx())
+	defer leave()
+	call := r.begin(ctx, r.g, r.envelope)
+	if o, held, err := r.held(hold, call); !held {
+		return false, orFailed(o.err, err)
+	}
+	leave()
+	meanwhile(hold)
+	_, err = await(r.env, "the cancelled Provision", call)
+	return true, err
+}
+
 // cancelled is a Provision whose caller leaves at its last call to the provider,
 // and the undoing that follows.
 func cancelled(e *env, settle func(r *run)) script {
@@ -322,16 +335,7 @@ func cancelled(e *env, settle func(r *run)) script {
 	return script{
 		held: last,
 		act: func(r *run) error {
-			hold := r.f.Inject(Fault{Point: last, Kind: FaultSlow, GrantID: r.g.ID})
-			defer hold.Release()
-			ctx, leave := context.WithCancel(r.ctx())
-			defer leave()
-			call := r.begin(ctx, r.g, r.envelope)
-			if o, held, err := r.held(hold, call); !held {
-				return orFailed(o.err, err)
-			}
-			leave()
-			if _, err := await(r.env, "the cancelled Provision", call); err != nil {
+			if left, err := r.leaves(last, func(Injection) {}); !left || err != nil {
 				return err
 			}
 			return r.gone()

@@ -176,8 +176,8 @@ func (e *env) failsAt(point string, kind FaultKind, always bool) {
 	p, err := e.b.Provision(e.ctx(), g, envelope)
 	// It may come while the backend is losing the connection on which the answer
 	// was lost, or has no other one yet, and is told so.
-	lost := e.f.LosesConnection && kind == FaultLostAnswer
-	for end := time.Now().Add(e.patience); lost && backenderr.Is(err, backenderr.ProviderUnavailable) && time.Now().Before(end); {
+	lost := kind == FaultLostAnswer
+	for end := time.Now().Add(e.f.Reconnects); lost && backenderr.Is(err, backenderr.ProviderUnavailable) && time.Now().Before(end); {
 		<-time.After(100 * time.Millisecond)
 		p, err = e.b.Provision(e.ctx(), g, envelope)
 	}

@@ -476,11 +476,11 @@ func needOrphans() map[string]string {
 var withOrphans = breakage{orphanAge: 300 * time.Millisecond}
 
 func TestFakeHonoursTheContract(t *testing.T) {
-	Run(t, Harness{Open: openFake(plain, breakage{}), Skip: needOrphans(), Sweep: Sweep{Sample: 8, Parallel: 4}})
+	Run(t, Harness{Open: openFake(plain, breakage{}), Skip: needOrphans(), Sweep: Sweep{Sample: 16, Parallel: 4}})
 }
 
 func TestFakeUndoesOrphans(t *testing.T) {
-	Run(t, Harness{Open: openFake(plain, withOrphans), Only: []string{"orphans"}, Sweep: Sweep{Sample: 8, Parallel: 4}})
+	Run(t, Harness{Open: openFake(plain, withOrphans), Only: []string{"orphans"}, Sweep: Sweep{Sample: 16, Parallel: 4}})
 }
 
 func TestLongFakeSurvivesEveryCrashAndFault(t *testing.T) {

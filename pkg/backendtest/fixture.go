@@ -67,9 +67,10 @@ type Fixture struct {
 	// accepts and that, on an idle machine, leaves time to provision.
 	ShortestLife time.Duration
 
-	// LosesConnection says that a lost answer costs the backend its connection to
-	// the provider: calls may be told so until it has another.
-	LosesConnection bool
+	// Reconnects is how long the backend may take to be of use again after a lost
+	// answer, which costs it its connection to the provider: until then calls may
+	// be told so. 0 means that it loses none.
+	Reconnects time.Duration
 
 	// Patience is how long to wait for what should happen at once; 0 means
 	// 2 min.

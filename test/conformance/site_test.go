@@ -41,7 +41,7 @@ const (
 	// that it asked.
 	workerName = bridgeID
 	// patience is how long a busy machine with two cores may take for what takes
-	// a second on an idle one. Some calls that a kill leaves hanging wait it out.
+	// a second on an idle one.
 	patience = 90 * time.Second
 	// usageInterval is how often the suite's watches report usage.
 	usageInterval = 200 * time.Millisecond
@@ -430,13 +430,12 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 		t.Fatal(err)
 	}
 	f := &backendtest.Fixture{
-		Backend:         all,
-		ShortestLife:    2 * time.Second,
-		Patience:        patience,
-		LosesConnection: true,
-		UsageInterval:   usageInterval,
-		Measures:        true,
-		Logs:            b.logs,
+		Backend:       all,
+		ShortestLife:  2 * time.Second,
+		Patience:      patience,
+		UsageInterval: usageInterval,
+		Measures:      true,
+		Logs:          b.logs,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
 			g := backend.Grant{
 				Image: b.ground.image, PostHash: b.ground.image.Digest.Sum, Shape: suiteShape, MinIsolation: backend.IsolationContainer,

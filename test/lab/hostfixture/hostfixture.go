@@ -47,12 +47,17 @@ type Site struct {
 	faults    int
 }
 
+// reconnects is how long a worker's way back to a host may take: the longest pause
+// between two dials, 30 s, and a dial and a look at the host on a busy machine.
+const reconnects = 45 * time.Second
+
 // Fill sets those parts of a fixture that are the hosts'. The workloads of the
 // fixture's grants must be shells that read their standard input, and have
 // NAME=value in their environment.
 func (s *Site) Fill(t testing.TB, f *backendtest.Fixture) {
 	t.Helper()
 	f.Login = logIn
+	f.Reconnects = reconnects
 	f.Leftovers = s.leftovers
 	f.Runs = func(id backend.GrantID) bool {
 		units, err := s.everywhere(t.Context(), "systemctl", "list-units", "--plain", "--no-legend", s.units(&id))

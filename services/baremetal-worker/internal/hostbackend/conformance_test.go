@@ -253,13 +253,12 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 		t.Fatal(err)
 	}
 	f := &backendtest.Fixture{
-		Backend:         b,
-		ShortestLife:    2 * time.Second,
-		Patience:        suitePatience,
-		LosesConnection: true,
-		UsageInterval:   suiteUsageInterval,
-		Measures:        true,
-		Logs:            s.logs.bytes,
+		Backend:       b,
+		ShortestLife:  2 * time.Second,
+		Patience:      suitePatience,
+		UsageInterval: suiteUsageInterval,
+		Measures:      true,
+		Logs:          s.logs.bytes,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
 			g, envelope := grant(s.image, owner)
 			g.Shape, g.Environment, g.AlmanacSequence = suiteShape, map[string]string{"NAME": "value"}, 3

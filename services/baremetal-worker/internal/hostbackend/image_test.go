@@ -187,7 +187,7 @@ func TestImageByBLAKE3AndPointer(t *testing.T) {
 	}
 }
 
-// A store that takes its time, and an image of 120 MB: progress is told, and the
+// A store that takes its time, and an image of 300 MB: progress is told, and the
 // time that it took is not added to the deadline.
 func TestLargeImageFromASlowStore(t *testing.T) {
 	t.Parallel()
@@ -197,7 +197,7 @@ func TestLargeImageFromASlowStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	file := filepath.Join(t.TempDir(), "big.tar")
-	big, err := ociimage.WriteFile(t.Context(), file, ociimage.Big, ociimage.Options{RootFS: root, SizeMiB: 120})
+	big, err := ociimage.WriteFile(t.Context(), file, ociimage.Big, ociimage.Options{RootFS: root, SizeMiB: 300})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -337,6 +337,25 @@ func TestALostConnectionFailsEverythingAndComesBack(t *testing.T) {
 	}
 }
 
+// Connections that hold for longer than the pause between dials don't make it
+// longer: by doubling, the pauses of this test would be 20 minutes in all.
+func TestAHostThatComesAndGoesIsDialledAtOnce(t *testing.T) {
+	t.Parallel()
+	host := lab.NewHost(t, lab.HostOptions{})
+	cfg := config(host)
+	cfg.BackoffMax = time.Hour
+	conn := connect(t, cfg)
+	for range 15 {
+		state := conn.State()
+		held := time.NewTimer(4 * cfg.BackoffMin)
+		<-held.C
+		if err := host.ResetConnections(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		waitState(t, conn, "connected again", func(s sshconn.State) bool { return s.Connected && s.Generation > state.Generation })
+	}
+}
+
 func TestASilentHostIsGivenUp(t *testing.T) {
 	t.Parallel()
 	host := lab.NewHost(t, lab.HostOptions{})
