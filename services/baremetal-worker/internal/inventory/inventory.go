@@ -70,10 +70,13 @@ type host struct {
 	// what the host holds is known, and it takes grants, but not from here.
 	elsewhere bool
 
-	used  backend.Shape
-	held  map[backend.GrantID]Reservation
-	ports map[uint16]bool
-	slots map[int]bool
+	used backend.Shape
+	// held says by itself which slots and ports are taken. Two grants may hold
+	// the same one while a host changes hands between replicas: the later got it
+	// where the earlier's end was known first. A set beside it, from which the
+	// end of one grant removes what it held, would then call free what the other
+	// lives in.
+	held map[backend.GrantID]Reservation
 	// foreign are ports that something else on the host has, until when that is
 	// believed.
 	foreign map[uint16]time.Time
@@ -94,8 +97,7 @@ func New(hosts []Host) *Inventory {
 	for _, h := range hosts {
 		entry := &host{
 			Host: h, problem: "not connected yet",
-			held: map[backend.GrantID]Reservation{}, ports: map[uint16]bool{}, slots: map[int]bool{},
-			foreign: map[uint16]time.Time{},
+			held: map[backend.GrantID]Reservation{}, foreign: map[uint16]time.Time{},
 		}
 		inv.hosts = append(inv.hosts, entry)
 		inv.byName[h.Name] = entry
@@ -198,12 +200,15 @@ func (inv *Inventory) Reserve(id backend.GrantID, n Need) (Reservation, error) {
 		if (n.Region != "" && n.Region != h.Region) || h.tooSmallFor(n) != "" {
 			continue
 		}
-		ports := h.freePorts(n.Ports)
-		slot := h.freeSlot()
+		fits := n.Shape.Fits(h.Capacity.Sub(h.used))
+		var ports []uint16
+		if fits {
+			ports = h.freePorts(n.Ports)
+		}
 		switch {
-		case slot < 0:
+		case h.noSlot():
 			slotless = append(slotless, h.Name)
-		case !n.Shape.Fits(h.Capacity.Sub(h.used)) || len(ports) < n.Ports:
+		case !fits || len(ports) < n.Ports:
 			full = append(full, h.Name)
 		case h.elsewhere:
 			elsewhere = append(elsewhere, h.Name+": "+h.problem)
@@ -212,7 +217,7 @@ func (inv *Inventory) Reserve(id backend.GrantID, n Need) (Reservation, error) {
 		case h.problem != "":
 			unseen = append(unseen, h.Name+": "+h.problem)
 		default:
-			r := Reservation{Grant: id, Host: h.Name, Shape: n.Shape, Ports: ports, Slot: slot}
+			r := Reservation{Grant: id, Host: h.Name, Shape: n.Shape, Ports: ports, Slot: h.freeSlot()}
 			inv.take(h, r)
 			return r.clone(), nil
 		}
@@ -290,10 +295,6 @@ func (inv *Inventory) Held(name string) []backend.GrantID {
 func (inv *Inventory) take(h *host, r Reservation) {
 	h.used = h.used.Add(r.Shape)
 	h.held[r.Grant] = r
-	h.slots[r.Slot] = true
-	for _, p := range r.Ports {
-		h.ports[p] = true
-	}
 	inv.byGrant[r.Grant] = h
 }
 
@@ -302,23 +303,24 @@ func (inv *Inventory) release(id backend.GrantID) {
 	if h == nil {
 		return
 	}
-	r := h.held[id]
-	h.used = h.used.Sub(r.Shape)
+	h.used = h.used.Sub(h.held[id].Shape)
 	delete(h.held, id)
-	delete(h.slots, r.Slot)
-	for _, p := range r.Ports {
-		delete(h.ports, p)
-	}
 	delete(inv.byGrant, id)
 }
 
 // freePorts returns the n lowest free ports, fewer if there are not so many.
 func (h *host) freePorts(n int) []uint16 {
+	taken := map[uint16]bool{}
+	for _, r := range h.held {
+		for _, p := range r.Ports {
+			taken[p] = true
+		}
+	}
 	var free []uint16
 	h.forgetForeign(time.Now())
 	for p := int(h.FirstPort); p <= int(h.LastPort) && len(free) < n; p++ {
 		port := uint16(p) //nolint:gosec // bounded by LastPort
-		if _, foreign := h.foreign[port]; !foreign && !h.ports[port] {
+		if _, foreign := h.foreign[port]; !foreign && !taken[port] {
 			free = append(free, port)
 		}
 	}
@@ -333,17 +335,21 @@ func (h *host) forgetForeign(now time.Time) {
 	}
 }
 
-// freeSlot returns the lowest free slot, -1 if there is none.
+// noSlot answers whether the host runs as many grants as it may.
+func (h *host) noSlot() bool { return len(h.held) >= h.MaxInstances }
+
+// freeSlot returns the lowest slot that no grant holds. Unless [host.noSlot], it
+// is one of the host's: fewer grants than it has slots hold one each.
 func (h *host) freeSlot() int {
-	if len(h.held) >= h.MaxInstances {
-		return -1
+	taken := map[int]bool{}
+	for _, r := range h.held {
+		taken[r.Slot] = true
 	}
-	for slot := range h.MaxInstances {
-		if !h.slots[slot] {
-			return slot
-		}
+	slot := 0
+	for taken[slot] {
+		slot++
 	}
-	return -1
+	return slot
 }
 
 func (r Reservation) clone() Reservation {
@@ -391,7 +397,7 @@ func (inv *Inventory) Regions() (regions []Region, problems []string) {
 			problems = append(problems, fmt.Sprintf("host %s: something else has ports of the grants' range: %s", h.Name, strings.Trim(fmt.Sprint(ports), "[]")))
 		}
 		free := h.Capacity.Sub(h.used).Max(backend.Shape{})
-		if h.freeSlot() < 0 {
+		if h.noSlot() {
 			free = backend.Shape{}
 		}
 		r.Free = r.Free.Add(free)

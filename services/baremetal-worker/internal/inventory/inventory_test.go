@@ -89,6 +89,31 @@ func TestReleaseFreesOnlyItsOwnReservation(t *testing.T) {
 	}
 }
 
+// A host that changes hands between replicas shows the next holder of a slot
+// and a port before the end of the one before is known here.
+func TestWhatHasGoneFreesNothingOfWhoCameAfter(t *testing.T) {
+	inv := usable(small("a"))
+	gone, err := inv.Reserve(id(1), need(1000))
+	if err != nil {
+		t.Fatal(err)
+	}
+	next := gone
+	next.Grant = id(2)
+	inv.Restore(next)
+	inv.Release(id(1))
+	r, err := inv.Reserve(id(3), need(1000))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Slot == next.Slot || r.Ports[0] == next.Ports[0] {
+		t.Errorf("a new grant got slot %d and port %d; a living one has %d and %d", r.Slot, r.Ports[0], next.Slot, next.Ports[0])
+	}
+	inv.Release(id(2))
+	if r, err = inv.Reserve(id(4), need(1000)); err != nil || r.Slot != next.Slot || r.Ports[0] != next.Ports[0] {
+		t.Errorf("%+v, %v; want slot %d and port %d, which nobody has any more", r, err, next.Slot, next.Ports[0])
+	}
+}
+
 func TestRefusals(t *testing.T) {
 	full := small("a")
 	tests := map[string]struct {
