@@ -219,7 +219,7 @@ func TestLargeImageFromASlowStore(t *testing.T) {
 	g, e := grant(backend.Image{Digest: digest, Kind: backend.ImageOCIArchive}, key)
 
 	var mu sync.Mutex
-	said := map[string]bool{}
+	said := map[string]time.Time{} // when it was seen first
 	watching := make(chan struct{})
 	go func() {
 		defer close(watching)
@@ -228,7 +228,9 @@ func TestLargeImageFromASlowStore(t *testing.T) {
 		for t.Context().Err() == nil {
 			for _, i := range s.runtime.Instances(caller(t.Context())) {
 				mu.Lock()
-				said[strings.TrimRight(i.Progress, "0123456789 %ofMiB")] = true
+				if text := strings.TrimRight(i.Progress, "0123456789 %ofMiB"); said[text].IsZero() {
+					said[text] = time.Now()
+				}
 				mu.Unlock()
 				if i.State == backend.StateReady {
 					return
@@ -245,7 +247,7 @@ func TestLargeImageFromASlowStore(t *testing.T) {
 	t.Logf("%d MiB: ready after %s", big.Size>>20, time.Since(began))
 	<-watching
 	for _, want := range []string{"sending image", "verifying image", "unpacking image", "starting", "waiting for SSH"} {
-		if !said[want] {
+		if said[want].IsZero() {
 			t.Errorf("progress never said %q, but %v", want, said)
 		}
 	}
@@ -268,9 +270,12 @@ func TestLargeImageFromASlowStore(t *testing.T) {
 		}
 	}
 	// systemd counts from when the unit was active, the worker from when it asked.
-	starting := times["ActiveEnterTimestamp"].Sub(times["InactiveExitTimestamp"])
-	if late := times["ActiveEnterTimestamp"].Add(lifetime).Sub(g.ValidTo); late > starting+delay/2 || late < -2*time.Second {
-		t.Errorf("the unit ends %s after the grant's deadline", late)
+	// What is printed is cut to whole seconds, and on a busy machine it takes more
+	// than one until systemd hears of the unit: the time is held against what the
+	// image took here.
+	starting, image := times["ActiveEnterTimestamp"].Sub(times["InactiveExitTimestamp"]), said["starting"].Sub(began)
+	if late := times["ActiveEnterTimestamp"].Add(lifetime).Sub(g.ValidTo); late > starting+image/2 || late < -2*time.Second {
+		t.Errorf("the unit ends %s after the grant's deadline; it took %s to start, and the image %s", late, starting, image)
 	}
 	s.terminate(t, p)
 }
