@@ -115,6 +115,23 @@ func (c Config) wire() wireConfig {
 	}
 }
 
+// config is the Config of what was read, with the defaults filled in.
+func (w wireConfig) config() Config {
+	return Config{
+		Version:          w.Version,
+		HostKey:          NewHostKey(w.HostKeyPEM),
+		AuthorizedKeys:   w.AuthorizedKeys,
+		ListenPort:       w.ListenPort,
+		User:             w.User,
+		Command:          w.Command,
+		Environment:      w.Environment,
+		WorkingDir:       w.WorkingDir,
+		RunAs:            w.RunAs,
+		StopGraceSeconds: w.StopGraceSeconds,
+		Banner:           w.Banner,
+	}.withDefaults()
+}
+
 // Encode validates c, fills in the defaults and returns the bytes of the guest's configuration file. Equal
 // configurations give equal bytes. The result holds the host key: write it with mode 0600.
 func Encode(c Config) ([]byte, error) {
@@ -159,19 +176,7 @@ func Decode(r io.Reader) (Config, error) {
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return Config{}, errors.New("configuration has data after its end")
 	}
-	c := Config{
-		Version:          w.Version,
-		HostKey:          NewHostKey(w.HostKeyPEM),
-		AuthorizedKeys:   w.AuthorizedKeys,
-		ListenPort:       w.ListenPort,
-		User:             w.User,
-		Command:          w.Command,
-		Environment:      w.Environment,
-		WorkingDir:       w.WorkingDir,
-		RunAs:            w.RunAs,
-		StopGraceSeconds: w.StopGraceSeconds,
-		Banner:           w.Banner,
-	}.withDefaults()
+	c := w.config()
 	if err := c.Validate(); err != nil {
 		return Config{}, err
 	}
