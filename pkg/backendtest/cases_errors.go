@@ -70,7 +70,7 @@ func errorCases() []testCase {
 			for _, f := range faults {
 				f.Release()
 			}
-			p := e.provision(g, envelope)
+			p := e.provisionAfter(FaultLostAnswer, "Provision after an unclear attempt", g, envelope)
 			e.same("answers after an unclear attempt", p, e.provision(g, envelope))
 		}},
 		{name: "errors/a workload that fails is told with its console", needs: []need{needFailBoot}, run: func(e *env) {
@@ -122,7 +122,7 @@ func errorCases() []testCase {
 					e.Errorf("Provision succeeded under %s", kind)
 				}
 				fault.Release()
-				p := e.provision(g, envelope)
+				p := e.provisionAfter(kind, "Provision after "+string(kind), g, envelope)
 				other := g
 				other.Shape.CPU--
 				_, err := e.b.Provision(e.ctx(), other, envelope)
@@ -173,23 +173,31 @@ func (e *env) failsAt(point string, kind FaultKind, always bool) {
 		}
 	}
 	fault.Release()
-	p, err := e.b.Provision(e.ctx(), g, envelope)
-	// It may come while the backend is losing the connection on which the answer
-	// was lost, or has no other one yet, and is told so.
-	lost := kind == FaultLostAnswer
-	for end := time.Now().Add(e.f.Reconnects); lost && backenderr.Is(err, backenderr.ProviderUnavailable) && time.Now().Before(end); {
-		<-time.After(100 * time.Millisecond)
-		p, err = e.b.Provision(e.ctx(), g, envelope)
-	}
-	if err != nil {
-		e.Fatalf("%s, and again: %s", what, describe(err))
-	}
+	p := e.provisionAfter(kind, what+", and again", g, envelope)
 	if e.f.History != nil {
 		if h := e.f.History(g.ID); h.AtOnce > 1 {
 			e.Errorf("%s, and again: %d instances at once", what, h.AtOnce)
 		}
 	}
 	e.terminate(p.Instance.Handle)
+}
+
+// provisionAfter provisions a grant when a fault of a kind is over. A lost answer
+// may have cost the backend its connection: a call that comes while it is losing
+// that one, or has no other yet, is told so, for as long as the fixture says.
+func (e *env) provisionAfter(kind FaultKind, what string, g backend.Grant, envelope backend.Envelope) backend.Provisioned {
+	e.Helper()
+	p, err := e.b.Provision(e.ctx(), g, envelope)
+	if kind == FaultLostAnswer {
+		for end := time.Now().Add(e.f.Reconnects); backenderr.Is(err, backenderr.ProviderUnavailable) && time.Now().Before(end); {
+			<-time.After(100 * time.Millisecond)
+			p, err = e.b.Provision(e.ctx(), g, envelope)
+		}
+	}
+	if err != nil {
+		e.Fatalf("%s: %s", what, describe(err))
+	}
+	return p
 }
 
 // mix makes all kinds of calls at once for a while. What holds in every case is

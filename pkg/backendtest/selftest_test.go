@@ -720,6 +720,79 @@ func TestSlowDeletionIsNoBug(t *testing.T) {
 	}
 }
 
+// reconnecting is a backend that a lost answer costs its connection: for as long
+// as another takes, every Provision is told so.
+type reconnecting struct {
+	backend.Backend
+	mu    sync.Mutex
+	until time.Time
+}
+
+func (r *reconnecting) Provision(ctx context.Context, g backend.Grant, v backend.Envelope) (backend.Provisioned, error) {
+	r.mu.Lock()
+	lost := time.Now().Before(r.until)
+	r.mu.Unlock()
+	if lost {
+		return backend.Provisioned{}, backenderr.New(backenderr.ProviderUnavailable, "the connection was lost").WithRetryAfter(time.Second)
+	}
+	return r.Backend.Provision(ctx, g, v)
+}
+
+// connection is a fault that costs the backend its connection when it is over.
+type connection struct {
+	Injection
+	lose func()
+}
+
+func (c connection) Release() {
+	c.Injection.Release()
+	c.lose()
+}
+
+func TestTheTimeToReconnectIsGiven(t *testing.T) {
+	const takes = 300 * time.Millisecond
+	open := openFake(plain, breakage{})
+	losing := func(given time.Duration) func(testing.TB) *Fixture {
+		return func(t testing.TB) *Fixture {
+			t.Helper()
+			f := open(t)
+			b := &reconnecting{Backend: f.Backend}
+			inject := f.Inject
+			f.Backend, f.Reconnects = b, given
+			f.Inject = func(fault Fault) Injection {
+				i := inject(fault)
+				if fault.Kind != FaultLostAnswer {
+					return i
+				}
+				return connection{i, sync.OnceFunc(func() {
+					b.mu.Lock()
+					defer b.mu.Unlock()
+					b.until = time.Now().Add(takes)
+				})}
+			}
+			return f
+		}
+	}
+	for _, c := range []string{
+		"errors/a short fault is survived or told", "errors/an answer lost for good", "errors/clean-up that isn't confirmed is unknown", "errors/no secret of the grant is told",
+	} {
+		if failures := record(t, losing(time.Minute), c, direct); len(failures) > 0 {
+			t.Errorf("%s, with the time to reconnect: %q", c, failures)
+		}
+		if failures := record(t, losing(0), c, direct); len(failures) == 0 {
+			t.Errorf("%s: a backend that may lose no connection lost one, and nobody noticed", c)
+		}
+	}
+}
+
+func TestASweepBearsThatCallsThatVaryAreMissed(t *testing.T) {
+	for _, c := range []struct{ runs, missed int }{{1, 2}, {4, 2}, {8, 2}, {9, 3}, {16, 5}, {300, 100}} {
+		if got := mayMiss(c.runs); got != c.missed {
+			t.Errorf("of %d runs, %d may miss their call; want %d", c.runs, got, c.missed)
+		}
+	}
+}
+
 func TestNothingIsLeftOutSilently(t *testing.T) {
 	for name, take := range map[string]func(*Fixture){
 		"Inject": func(f *Fixture) { f.Inject = nil },

@@ -393,10 +393,15 @@ func (e *env) sweep(s script, jobsAt func(Call) []job, do func(e *env, j job, cl
 			}
 		}
 	})
-	if missed := tally.missed(); missed > len(jobs)/3 {
+	if missed := tally.missed(); missed > mayMiss(len(jobs)) {
 		e.Errorf("%d of %d runs never reached the call that they were for", missed, len(jobs))
 	}
 }
+
+// mayMiss is how many runs of a sweep may never reach the call that they are
+// for: how often a call that varies is made, nobody knows before. A small sample
+// may have drawn two of those.
+func mayMiss(runs int) int { return max(2, runs/3) }
 
 // makes reports whether a further clean run makes a job's call. One that repeats
 // a call until its effect shows makes it more often on a busy machine.
