@@ -10,8 +10,6 @@ import (
 	"strings"
 	"time"
 
-	"golang.org/x/crypto/ssh"
-
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
@@ -26,8 +24,6 @@ const (
 	// undoTimeout bounds the clean-up of a failed attempt before the caller
 	// gets its answer: longer than a unit's whole stop takes.
 	undoTimeout = 75 * time.Second
-	// handshakeTimeout bounds one try to reach the instance's SSH.
-	handshakeTimeout = 5 * time.Second
 	// Pauses between tries; the first comes at once.
 	minReadyPause = 10 * time.Millisecond
 	maxReadyPause = 250 * time.Millisecond
@@ -438,7 +434,7 @@ func (h *host) waitForSSH(ctx context.Context, w workload, hostKey string) (time
 	pause := minReadyPause
 	var last error
 	for {
-		last = handshake(alive, h.sshEndpoint(w.params.SSHPort), want.SSH())
+		last = sshkey.Probe(alive, h.sshEndpoint(w.params.SSHPort), guestapi.DefaultUser, want)
 		status, err := h.bus.Status(ctx, w.names.unit())
 		switch {
 		case err != nil && ctx.Err() == nil:
@@ -474,37 +470,4 @@ func (h *host) bootTimeout(ctx context.Context, w workload, last error) error {
 	}
 	return backenderr.Wrap(backenderr.BootTimeout, last, "SSH did not answer within %s on host %s", h.backend.config.ReadyTimeout.Duration, h.config.Name).
 		WithConsole(consoleText(string(console)))
-}
-
-// handshake connects to an SSH server and checks its host key. It does not log
-// in: the worker has no key that could.
-func handshake(ctx context.Context, endpoint string, want ssh.PublicKey) error {
-	ctx, cancel := context.WithTimeout(ctx, handshakeTimeout)
-	defer cancel()
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", endpoint)
-	if err != nil {
-		return fmt.Errorf("connect to SSH: %w", err)
-	}
-	defer func() { _ = conn.Close() }()
-	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
-	defer stop()
-	matched := false
-	fixed := ssh.FixedHostKey(want)
-	client, _, _, err := ssh.NewClientConn(conn, endpoint, &ssh.ClientConfig{
-		User:              guestapi.DefaultUser,
-		HostKeyAlgorithms: []string{want.Type()},
-		HostKeyCallback: func(name string, remote net.Addr, key ssh.PublicKey) error {
-			err := fixed(name, remote, key)
-			matched = err == nil
-			return err
-		},
-	})
-	if err == nil {
-		_ = client.Close()
-		return errors.New("instance lets everyone in without a key")
-	}
-	if matched {
-		return nil
-	}
-	return fmt.Errorf("SSH handshake: %w", err)
 }
