@@ -1,0 +1,703 @@
+package ec2backend
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/ec2"
+	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
+	"github.com/compute-bridge/compute-bridge/pkg/userdata"
+	"github.com/compute-bridge/compute-bridge/pkg/worker"
+	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
+)
+
+const (
+	// maxOffers bounds the offers that are tried within one call.
+	maxOffers = 12
+	// Pauses between tries of the handshake.
+	minReadyPause = 50 * time.Millisecond
+	maxReadyPause = time.Second
+	// consoleTimeout bounds the reading of a console that explains a failure.
+	consoleTimeout = 20 * time.Second
+)
+
+// Codes of EC2's about client tokens
+// (https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html).
+const (
+	codeTokenMismatch   = "IdempotentParameterMismatch"
+	codeTokenTerminated = "IdempotentInstanceTerminated"
+)
+
+// params are what an attempt was begun with, as the journal keeps them: with the
+// order and the host key they give the same create call again, byte for byte.
+type params struct {
+	Zone         string
+	Subnet       string
+	VPC          string
+	Type         string
+	Architecture string
+	Image        string
+	RootDevice   string
+	DiskGiB      int32
+	Group        string
+	Shape        backend.Shape
+	ValidTo      time.Time
+	Content      string
+	GuestURL     string
+	GuestSHA256  string
+	MachineImage guestapi.MachineImage
+	Spot         bool
+	Public       bool
+	VolumeType   string
+	KMSKey       string
+	// Adopted says that the instance was found without a record of it: there is
+	// no create call to repeat.
+	Adopted bool
+}
+
+// attempt is one that may go on.
+type attempt struct {
+	identity
+
+	region *region
+	params params
+	// fresh says that nothing was sent for it before.
+	fresh bool
+	// found is its instance, if EC2 has shown one.
+	found *instance
+}
+
+// errOver says that an attempt had ended, and that this is on record now: the
+// next one may begin.
+var errOver = errors.New("the attempt is over")
+
+// Provision implements worker.Driver.
+func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Ready, error) {
+	var last error
+	for range maxOffers {
+		a, err := b.begin(ctx, order)
+		if err != nil {
+			if last != nil && backenderr.CreatedOf(err) == backenderr.CreatedNone && backenderr.Is(err, backenderr.CapacityExhausted) {
+				return worker.Ready{}, last // which says what EC2 said
+			}
+			return worker.Ready{}, err
+		}
+		ready, err := b.makeReady(ctx, order, a)
+		if err == nil {
+			return ready, nil
+		}
+		failure := b.giveUp(ctx, a, err)
+		switch {
+		case ctx.Err() != nil || backenderr.CreatedOf(failure) != backenderr.CreatedNone:
+			return worker.Ready{}, failure
+		case errors.Is(err, errOver):
+			continue
+		case backenderr.Is(failure, backenderr.CapacityExhausted):
+			b.catalogue.unavailable(a.region.name, a.params.Zone, a.params.Type)
+			b.log.InfoContext(ctx, "Out of stock", "grant_id", a.grant.String(), "zone", a.params.Zone, "type", a.params.Type)
+			last = failure
+		default:
+			return worker.Ready{}, failure
+		}
+	}
+	if last == nil {
+		last = backenderr.New(backenderr.ProviderUnavailable, "%d attempts ended one after the other", maxOffers).WithCreated(backenderr.CreatedNone)
+	}
+	return worker.Ready{}, last
+}
+
+// none states that nothing exists.
+func none(err error) error { return backenderr.From(err).Clone().WithCreated(backenderr.CreatedNone) }
+
+// begin returns the grant's open attempt, or a new one.
+func (b *Backend) begin(ctx context.Context, order worker.Order) (*attempt, error) {
+	attempts, err := b.env.Journal.Attempts(ctx, order.Grant.ID)
+	if err != nil {
+		return nil, err
+	}
+	next := uint32(1)
+	for _, a := range attempts {
+		if !a.Gone {
+			return b.resume(ctx, a)
+		}
+		next = a.Number + 1
+	}
+	// The ledger knows of nothing that exists. EC2 may, if the ledger is an older
+	// copy.
+	found, r, err := b.findUnrecorded(ctx, order)
+	if err != nil {
+		return nil, none(err)
+	}
+	if found != nil {
+		return b.record(ctx, order, r, *found, next)
+	}
+	var reasons []error
+	for _, r := range b.candidates(order.Grant) {
+		a, err := b.beginIn(ctx, order, r, next)
+		if err == nil {
+			return a, nil
+		}
+		if ctx.Err() != nil || !passes(err) {
+			return nil, none(err)
+		}
+		reasons = append(reasons, err)
+	}
+	if len(reasons) == 0 {
+		return nil, backenderr.New(backenderr.GrantNotSatisfiable, "%s", b.outside(order.Grant.Region)).WithCreated(backenderr.CreatedNone)
+	}
+	return nil, none(worst(reasons))
+}
+
+// passes says that another region may do what this one can't.
+func passes(err error) bool {
+	return backenderr.Is(err, backenderr.CapacityExhausted, backenderr.QuotaExceeded, backenderr.WorkerFull, backenderr.GrantNotSatisfiable,
+		backenderr.ProviderUnavailable)
+}
+
+// worst picks what to say of regions that all refuse: what may pass by itself
+// goes before what never will.
+func worst(reasons []error) error {
+	for _, err := range reasons {
+		if !backenderr.Is(err, backenderr.GrantNotSatisfiable) {
+			return err
+		}
+	}
+	return reasons[0]
+}
+
+// resume returns an attempt that was begun before, perhaps by another process.
+func (b *Backend) resume(ctx context.Context, recorded worker.Attempt) (*attempt, error) {
+	a := &attempt{identity: identity{recorded.GrantID, recorded.Number}}
+	if err := json.Unmarshal(recorded.Params, &a.params); err != nil {
+		return nil, backenderr.Wrap(backenderr.Internal, err, "read the parameters of attempt %d of grant %s", a.attempt, a.grant)
+	}
+	a.region = b.byName[backend.Region(recorded.Placement)]
+	if a.region == nil {
+		return nil, backenderr.New(backenderr.ProviderUnavailable, "attempt %d is in region %s, which is no longer in the configuration",
+			a.attempt, recorded.Placement)
+	}
+	b.mu.Lock()
+	b.held[a.identity] = a.region.name
+	b.mu.Unlock()
+	all, err := a.region.instances.now(ctx)
+	if err != nil {
+		return nil, classify(err, "look for the instance")
+	}
+	if i, ok := all.value.of(a.identity); ok {
+		a.found = &i
+	}
+	return a, nil
+}
+
+// findUnrecorded looks for an instance of the grant that the ledger doesn't know
+// of.
+func (b *Backend) findUnrecorded(ctx context.Context, order worker.Order) (*instance, *region, error) {
+	for _, r := range b.candidates(order.Grant) {
+		all, err := r.instances.now(ctx)
+		if err != nil {
+			if len(b.candidates(order.Grant)) > 1 && ctx.Err() == nil {
+				continue // it is not where the grant goes, then
+			}
+			return nil, nil, classify(err, "look for what exists of the grant")
+		}
+		for _, i := range all.value[order.Grant.ID] {
+			if !i.over() {
+				return &i, r, nil
+			}
+		}
+	}
+	return nil, nil, nil
+}
+
+// record takes an instance that the ledger doesn't know of into it, under the
+// number that the instance has: its host key is derived from that.
+func (b *Backend) record(ctx context.Context, order worker.Order, r *region, found instance, next uint32) (*attempt, error) {
+	if found.content != contentOf(order) {
+		return nil, backenderr.New(backenderr.GrantConflict, "instance %s runs for this grant with other content", found.id)
+	}
+	if found.attempt < next {
+		return nil, backenderr.New(backenderr.ProviderUnavailable, "instance %s is of attempt %d, which is on record as gone; it is to be swept first",
+			found.id, found.attempt).WithRetryAfter(retryFull)
+	}
+	p := params{Zone: found.zone, Type: found.kind, Shape: order.Grant.Shape, ValidTo: order.Grant.ValidTo, Content: found.content, Adopted: true}
+	rendered, err := json.Marshal(p)
+	if err != nil {
+		return nil, backenderr.Wrap(backenderr.Internal, err, "render the parameters")
+	}
+	for {
+		a, err := b.env.Journal.Begin(ctx, order.Grant.ID, string(r.name), rendered)
+		switch {
+		case err != nil:
+			return nil, err
+		case a.Number >= found.attempt:
+			b.log.InfoContext(ctx, "Adopting an instance that the ledger doesn't know of", "grant_id", order.Grant.ID.String(), "instance_id", found.id)
+			return b.resume(ctx, a)
+		}
+		// Attempts before it are gone, as the ledger that was lost had it.
+		if err := b.env.Journal.Gone(ctx, order.Grant.ID, a.Number); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// beginIn begins a new attempt in a region. When it fails, nothing exists.
+func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, number uint32) (*attempt, error) {
+	id := identity{order.Grant.ID, number}
+	if err := b.reserve(id, r.name); err != nil {
+		return nil, err
+	}
+	p, err := b.plan(ctx, order, r)
+	if err != nil {
+		b.release(id)
+		return nil, err
+	}
+	rendered, err := json.Marshal(p)
+	if err != nil {
+		b.release(id)
+		return nil, backenderr.Wrap(backenderr.Internal, err, "render the parameters")
+	}
+	begun, err := b.env.Journal.Begin(ctx, order.Grant.ID, string(r.name), rendered)
+	if err != nil {
+		// Whatever the journal holds now, nothing was sent.
+		b.release(id)
+		return nil, err
+	}
+	if !begun.New {
+		b.release(id)
+		return b.resume(ctx, begun)
+	}
+	return &attempt{identity: identity{begun.GrantID, begun.Number}, region: r, params: p, fresh: true}, nil
+}
+
+// plan settles everything about an attempt before it is on record.
+func (b *Backend) plan(ctx context.Context, order worker.Order, r *region) (params, error) {
+	grant, rc := order.Grant, r.clients.config
+	if grant.Network.Mode == backend.NetworkAllowlist && len(rc.AllowlistEgress) == 0 {
+		return params{}, backenderr.New(backenderr.GrantNotSatisfiable, "region %s has no allowlist_egress", r.name)
+	}
+	offers, err := b.catalogue.offers(ctx, r.name, grant.Shape)
+	if err != nil {
+		return params{}, err
+	}
+	if len(offers) == 0 {
+		return params{}, backenderr.New(backenderr.GrantNotSatisfiable, "region %s offers nothing for %s", r.name, grant.Shape)
+	}
+	offer := offers[0]
+	image, err := b.images.resolve(ctx, r.name, offer.Architecture)
+	if err != nil {
+		return params{}, err
+	}
+	guestURL, guestSum, err := b.store.guest(ctx, offer.Architecture)
+	if err != nil {
+		return params{}, err
+	}
+	artifact, err := b.store.image(ctx, order, time.Now().Add(b.config.BootTimeout.Duration))
+	if err != nil {
+		return params{}, err
+	}
+	group, err := b.group(ctx, r, offer.VPC, rulesOf(grant, rc))
+	if err != nil {
+		return params{}, err
+	}
+	disk := max(int64(grant.Shape.Storage)+b.config.ExtraDiskGiB, int64(image.MinDiskGiB))
+	if disk > math.MaxInt32 {
+		return params{}, backenderr.New(backenderr.GrantNotSatisfiable, "no volume has %d GiB", disk)
+	}
+	return params{
+		Zone: offer.Zone, Subnet: offer.Subnet, VPC: offer.VPC, Type: offer.Type, Architecture: offer.Architecture,
+		Image: image.ID, RootDevice: image.RootDevice, DiskGiB: int32(disk), Group: group,
+		Shape: grant.Shape, ValidTo: grant.ValidTo, Content: contentOf(order),
+		GuestURL: guestURL, GuestSHA256: guestSum, MachineImage: artifact,
+		Spot: b.config.Market == marketSpot, Public: rc.public(), VolumeType: b.config.VolumeType, KMSKey: b.config.KMSKey,
+	}, nil
+}
+
+// token is the attempt's client token, at most 64 ASCII characters.
+func (b *Backend) token(id identity) string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "compute-bridge ec2 %s %s %s %d", b.env.BridgeID, b.env.Backend, id.grant, id.attempt))
+	return hex.EncodeToString(sum[:])
+}
+
+// giveUp leaves nothing of an attempt that failed, and says in the error whether
+// that is confirmed.
+func (b *Backend) giveUp(ctx context.Context, a *attempt, cause error) error {
+	failure := classify(cause, "provision")
+	if errors.Is(cause, errOver) {
+		failure = backenderr.New(backenderr.ProviderUnavailable, "the attempt had ended").WithRetryAfter(time.Second)
+	}
+	if ctx.Err() != nil && !backenderr.Is(failure, backenderr.GrantEnded) {
+		failure = classify(ctx.Err(), "provision")
+	}
+	cleanUp, cancel := context.WithTimeout(context.WithoutCancel(ctx), b.config.UndoTimeout.Duration)
+	defer cancel()
+	err := b.undo(cleanUp, a.region, a.identity, a.fresh)
+	for backenderr.Is(err, backenderr.ProviderUnavailable, backenderr.LedgerUnavailable) && sleep(cleanUp, b.config.PollInterval.Duration) == nil {
+		err = b.undo(cleanUp, a.region, a.identity, a.fresh)
+	}
+	if err != nil {
+		b.log.WarnContext(ctx, "Clean-up of a failed attempt is not confirmed", "grant_id", a.grant.String(), "attempt", a.attempt, "error", err.Error())
+		return failure.WithCreated(backenderr.CreatedUnknown).WithMetadata(backenderr.MetaLeaked, b.instanceName(a.identity))
+	}
+	return failure.WithCreated(backenderr.CreatedNone)
+}
+
+// makeReady makes the attempt's instance, or adopts it, and waits until SSH
+// answers.
+func (b *Backend) makeReady(ctx context.Context, order worker.Order, a *attempt) (worker.Ready, error) {
+	progress := order.Progress
+	if progress == nil {
+		progress = func(string) {}
+	}
+	private, public, err := b.env.HostKey(a.grant, a.attempt)
+	if err != nil {
+		return worker.Ready{}, backenderr.Wrap(backenderr.Internal, err, "derive the host key")
+	}
+	machine := guestapi.Machine{
+		Guest: guestapi.Config{
+			Version: guestapi.ConfigVersion, HostKey: guestapi.NewHostKey(string(private.Expose())), AuthorizedKeys: []string{order.LoginKey},
+			ListenPort: sshPort, Environment: order.Grant.Environment,
+		},
+		GrantID: a.grant.String(), Attempt: a.attempt, Deadline: a.params.ValidTo.UTC().Truncate(time.Second),
+		Image: a.params.MachineImage, AtEnd: guestapi.AtEndPowerOff,
+	}
+	var i instance
+	switch {
+	case a.found != nil && a.found.over():
+		return worker.Ready{}, errOver
+	case a.found != nil:
+		i = *a.found
+	case a.params.Adopted:
+		return worker.Ready{}, errOver // it ended before it was on record
+	default:
+		progress("creating the instance")
+		if i, err = b.create(ctx, a, machine); err != nil {
+			return worker.Ready{}, err
+		}
+	}
+	if b.platformDeadline() {
+		if err := b.env.Journal.Check(ctx, a.grant); err != nil {
+			return worker.Ready{}, err
+		}
+		if err := b.arm(ctx, a.region, a.identity, i.id, a.params.ValidTo); err != nil {
+			return worker.Ready{}, err
+		}
+	}
+	progress("waiting for SSH")
+	if i, err = b.awaitReady(ctx, a, public, progress); err != nil {
+		return worker.Ready{}, err
+	}
+	if err := b.env.Journal.Check(ctx, a.grant); err != nil {
+		return worker.Ready{}, err
+	}
+	host := i.address(a.region.clients.config).String()
+	ready := worker.Ready{
+		Instance: backend.Instance{
+			GrantID: a.grant, ID: backend.InstanceID(i.id), Region: a.region.name, Isolation: backend.IsolationVM, Shape: a.params.Shape,
+			Attempt: a.attempt, StartedAt: i.launched.UTC(), ValidTo: a.params.ValidTo.UTC(), Enforcement: b.enforcement(),
+		},
+		Host: host, Port: sshPort, User: guestapi.DefaultUser, HostKey: public,
+	}
+	for _, port := range order.Grant.Ports {
+		ready.Instance.Ports = append(ready.Instance.Ports, backend.PublishedPort{Port: port, PublicHost: host, PublicPort: port.Number})
+	}
+	return ready, nil
+}
+
+// create sends the attempt's create call: the very same one each time.
+func (b *Backend) create(ctx context.Context, a *attempt, machine guestapi.Machine) (instance, error) {
+	document, err := guestapi.EncodeMachine(machine)
+	if err != nil {
+		return instance{}, backenderr.Wrap(backenderr.GrantInvalid, err, "the instance's configuration")
+	}
+	data, err := userdata.Render(userdata.Spec{
+		GuestURL: a.params.GuestURL, GuestSHA256: a.params.GuestSHA256, Machine: document, Deadline: machine.Deadline, PowerOffAtEnd: true,
+	})
+	if err != nil {
+		return instance{}, backenderr.Invalid(backenderr.GrantInvalid, backenderr.Violation{
+			Field: "grant.environment", Description: "the instance's user-data can't be made: " + err.Error(),
+		})
+	}
+	if err := b.env.Journal.Check(ctx, a.grant); err != nil {
+		return instance{}, err
+	}
+	a.fresh = false
+	b.sending(a.identity)
+	answer, err := a.region.clients.ec2.RunInstances(ctx, b.runInput(a, data))
+	b.sending(a.identity) // what EC2 doesn't show yet may be as young as its answer
+	switch code := codeOf(err); {
+	case code == codeTokenTerminated:
+		return instance{}, errOver
+	case code == codeTokenMismatch:
+		// What was made under this token had other parameters: another version of
+		// this program sent them. It is the attempt's all the same.
+		return b.findMade(ctx, a)
+	case code == codeGroupGone:
+		b.groups.forget()
+		return instance{}, classify(err, "create the instance")
+	case err != nil:
+		if refused(err) {
+			// EC2's own word that there is nothing, unless an earlier send made it.
+			b.forgetSent(a.identity)
+		}
+		return instance{}, classify(err, "create the instance")
+	case len(answer.Instances) != 1:
+		return instance{}, backenderr.New(backenderr.Unknown, "RunInstances answered with %d instances", len(answer.Instances))
+	}
+	made, ok := instanceOf(answer.Instances[0])
+	if !ok {
+		// Its own tags are not always in the answer.
+		made = instance{labels: labels{identity: a.identity}, id: aws.ToString(answer.Instances[0].InstanceId)}
+	}
+	b.log.InfoContext(ctx, "Created instance", "grant_id", a.grant.String(), "attempt", a.attempt, "instance_id", made.id, "zone", a.params.Zone, "type", a.params.Type)
+	return made, nil
+}
+
+// forgetSent is for a create call that EC2 refused: there is nothing to become
+// visible, as far as this process has sent it.
+func (b *Backend) forgetSent(id identity) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.sent[id] = b.opened
+}
+
+// findMade waits until EC2 shows the attempt's instance.
+func (b *Backend) findMade(ctx context.Context, a *attempt) (instance, error) {
+	settled := b.settled(a.identity)
+	for {
+		all, err := a.region.instances.now(ctx)
+		if err != nil {
+			return instance{}, classify(err, "look for the instance")
+		}
+		if i, ok := all.value.of(a.identity); ok {
+			if i.over() {
+				return instance{}, errOver
+			}
+			return i, nil
+		}
+		if all.asked.After(settled) {
+			return instance{}, errOver
+		}
+	}
+}
+
+func (b *Backend) runInput(a *attempt, data []byte) *ec2.RunInstancesInput {
+	p, tags := a.params, b.tags(a.identity, a.params)
+	volume := &types.EbsBlockDevice{
+		DeleteOnTermination: aws.Bool(true), Encrypted: aws.Bool(true), VolumeSize: aws.Int32(p.DiskGiB), VolumeType: types.VolumeType(p.VolumeType),
+	}
+	if p.KMSKey != "" {
+		volume.KmsKeyId = aws.String(p.KMSKey)
+	}
+	in := &ec2.RunInstancesInput{
+		ImageId: aws.String(p.Image), InstanceType: types.InstanceType(p.Type), MinCount: aws.Int32(1), MaxCount: aws.Int32(1),
+		ClientToken: aws.String(b.token(a.identity)), UserData: aws.String(base64.StdEncoding.EncodeToString(data)),
+		BlockDeviceMappings: []types.BlockDeviceMapping{{DeviceName: aws.String(p.RootDevice), Ebs: volume}},
+		NetworkInterfaces: []types.InstanceNetworkInterfaceSpecification{{
+			DeviceIndex: aws.Int32(0), SubnetId: aws.String(p.Subnet), Groups: []string{p.Group}, DeleteOnTermination: aws.Bool(true),
+			AssociatePublicIpAddress: aws.Bool(p.Public),
+		}},
+		// The workload must not reach the metadata service, whose user-data has the
+		// host key: no version 1, and one hop only.
+		MetadataOptions: &types.InstanceMetadataOptionsRequest{
+			HttpEndpoint: types.InstanceMetadataEndpointStateEnabled, HttpTokens: types.HttpTokensStateRequired, HttpPutResponseHopLimit: aws.Int32(1),
+		},
+		InstanceInitiatedShutdownBehavior: types.ShutdownBehaviorTerminate,
+	}
+	for _, kind := range []types.ResourceType{types.ResourceTypeInstance, types.ResourceTypeVolume, types.ResourceTypeNetworkInterface} {
+		in.TagSpecifications = append(in.TagSpecifications, types.TagSpecification{ResourceType: kind, Tags: tags})
+	}
+	if p.Spot {
+		in.InstanceMarketOptions = &types.InstanceMarketOptionsRequest{
+			MarketType: types.MarketTypeSpot,
+			SpotOptions: &types.SpotMarketOptions{
+				SpotInstanceType: types.SpotInstanceTypeOneTime, InstanceInterruptionBehavior: types.InstanceInterruptionBehaviorTerminate,
+			},
+		}
+	}
+	return in
+}
+
+// address is where requesters reach the instance, invalid until it has one.
+func (i instance) address(rc RegionConfig) netip.Addr {
+	if rc.public() {
+		return i.public
+	}
+	return i.private
+}
+
+// awaitReady waits until the instance runs and its SSH answers with the host key.
+func (b *Backend) awaitReady(ctx context.Context, a *attempt, hostKey string, progress func(string)) (instance, error) {
+	want, err := sshkey.ParsePublicKey(hostKey)
+	if err != nil {
+		return instance{}, backenderr.Wrap(backenderr.Internal, err, "host key")
+	}
+	waiting, cancel := context.WithTimeout(ctx, b.config.BootTimeout.Duration)
+	defer cancel()
+	settled := b.settled(a.identity)
+	var (
+		seen    time.Time
+		problem error // of the last try
+	)
+	for {
+		all, err := a.region.instances.next(waiting, seen, b.config.PollInterval.Duration)
+		i, found := all.value.of(a.identity)
+		if !all.asked.IsZero() {
+			seen = all.asked
+		}
+		switch {
+		case waiting.Err() != nil:
+		case backenderr.Is(err, backenderr.ProviderUnavailable, backenderr.Unknown):
+			problem = err
+			if err := sleep(waiting, b.config.PollInterval.Duration/freshGap); err != nil {
+				break
+			}
+			continue
+		case err != nil:
+			return instance{}, classify(err, "wait for the instance")
+		case !found && all.asked.After(settled):
+			return instance{}, backenderr.New(backenderr.ProviderUnavailable, "the instance vanished while it was made").WithRetryAfter(time.Second)
+		case !found:
+			continue
+		case i.over():
+			return instance{}, b.bootFailed(ctx, a, i)
+		case i.state == types.InstanceStateNameRunning && i.address(a.region.clients.config).IsValid():
+			problem = b.answers(waiting, a, i, seen, want)
+			if problem == nil {
+				return i, nil
+			}
+			progress("waiting for SSH: the instance boots")
+			continue
+		default:
+			progress("waiting for SSH: the instance is " + string(i.state))
+			continue
+		}
+		if ctx.Err() != nil {
+			return instance{}, classify(ctx.Err(), "wait for the instance")
+		}
+		return instance{}, b.bootTimeout(ctx, a, problem)
+	}
+}
+
+// answers tries SSH until it answers or the region has been read again, which
+// shows whether the instance still lives.
+func (b *Backend) answers(ctx context.Context, a *attempt, i instance, seen time.Time, want sshkey.PublicKey) error {
+	ctx, cancel := context.WithDeadline(ctx, seen.Add(b.config.PollInterval.Duration+minReadyPause))
+	defer cancel()
+	endpoint := net.JoinHostPort(i.address(a.region.clients.config).String(), strconv.Itoa(sshPort))
+	pause := minReadyPause
+	for {
+		err := sshkey.Probe(ctx, endpoint, guestapi.DefaultUser, want)
+		if err == nil {
+			return nil
+		}
+		if sleep(ctx, pause) != nil {
+			return err
+		}
+		pause = min(2*pause, maxReadyPause)
+	}
+}
+
+// bootFailed says why an instance ended before it was ready.
+func (b *Backend) bootFailed(ctx context.Context, a *attempt, i instance) error {
+	if err := stateReasonError(i.reasonCode, i.reason); err != nil {
+		return err
+	}
+	console := b.console(ctx, a.region, i.id, func(text []byte) bool {
+		_, ok := guestapi.FindVerdict(text, a.grant.String(), a.attempt)
+		return ok
+	})
+	verdict, ok := guestapi.FindVerdict(console, a.grant.String(), a.attempt)
+	if !ok {
+		return backenderr.New(backenderr.WorkloadFailed, "instance %s ended before it was ready: %s", i.id, orUnknown(i.reason)).WithConsole(string(console))
+	}
+	reason := backenderr.WorkloadFailed
+	if slices.Contains(verdictReasons, backenderr.Reason(verdict.Reason)) {
+		reason = backenderr.Reason(verdict.Reason)
+	}
+	message := verdict.Message
+	if message == "" {
+		message = "the workload ended before it was ready"
+	}
+	return backenderr.New(reason, "instance %s: %s", i.id, message).WithConsole(string(console))
+}
+
+// verdictReasons are what a guest may say of itself. It is the tenant's machine:
+// nothing that would send the grant elsewhere, or blame the account.
+var verdictReasons = []backenderr.Reason{
+	backenderr.ImageUnavailable, backenderr.ImageHashMismatch, backenderr.ImageInvalid, backenderr.WorkloadFailed, backenderr.HostUnfit,
+}
+
+func orUnknown(reason string) string {
+	if reason == "" {
+		return "EC2 gives no reason"
+	}
+	return reason
+}
+
+func (b *Backend) bootTimeout(ctx context.Context, a *attempt, last error) error {
+	text := fmt.Sprintf("SSH did not answer within %s", b.config.BootTimeout.Duration)
+	failure := backenderr.New(backenderr.BootTimeout, "%s", text)
+	if last != nil {
+		failure = backenderr.Wrap(backenderr.BootTimeout, last, "%s", text)
+	}
+	all, err := a.region.instances.now(ctx)
+	if err != nil {
+		return failure
+	}
+	if i, ok := all.value.of(a.identity); ok {
+		failure = failure.WithConsole(string(b.console(ctx, a.region, i.id, func([]byte) bool { return false })))
+	}
+	return failure
+}
+
+// console returns an instance's console, what can be had of it. EC2 posts it
+// some time after the end; it is read again until enough of it is there, for as
+// long as that may take.
+func (b *Backend) console(ctx context.Context, r *region, instanceID string, enough func([]byte) bool) []byte {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(consoleTimeout, 2*b.config.PollInterval.Duration))
+	defer cancel()
+	var text []byte
+	for {
+		answer, err := r.clients.ec2.GetConsoleOutput(ctx, &ec2.GetConsoleOutputInput{InstanceId: aws.String(instanceID), Latest: aws.Bool(true)})
+		if codeOf(err) == "UnsupportedOperation" || codeOf(err) == "InvalidParameterCombination" {
+			// Types before Nitro have only what was posted by itself.
+			answer, err = r.clients.ec2.GetConsoleOutput(ctx, &ec2.GetConsoleOutputInput{InstanceId: aws.String(instanceID)})
+		}
+		if err == nil {
+			if decoded, err := base64.StdEncoding.DecodeString(aws.ToString(answer.Output)); err == nil {
+				text = decoded
+			}
+		}
+		if enough(text) || sleep(ctx, b.config.PollInterval.Duration/freshGap) != nil {
+			return text
+		}
+	}
+}
+
+// sleep waits, unless ctx ends first.
+func sleep(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}

@@ -1,0 +1,300 @@
+package ec2backend
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/ec2"
+	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+
+	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+)
+
+// Terminate implements worker.Driver.
+func (b *Backend) Terminate(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error) {
+	attempts, err := b.env.Journal.Attempts(ctx, id)
+	if err != nil {
+		return nil, err
+	}
+	open := map[identity]*region{}
+	for _, a := range attempts {
+		if a.Gone {
+			continue
+		}
+		r := b.byName[backend.Region(a.Placement)]
+		if r == nil {
+			return nil, backenderr.New(backenderr.ProviderUnavailable, "attempt %d is in region %s, which is no longer in the configuration", a.Number, a.Placement)
+		}
+		open[identity{id, a.Number}] = r
+	}
+	if len(open) == 0 {
+		// Nobody wrote down that anything exists: EC2 has to be read.
+		if err := b.clearUnrecorded(ctx, id); err != nil {
+			return nil, err
+		}
+	}
+	for attempt, r := range open {
+		if err := b.settle(ctx, r, attempt); err != nil {
+			return nil, err
+		}
+		if err := b.undo(ctx, r, attempt, false); err != nil {
+			return nil, err
+		}
+	}
+	return b.env.Journal.SavedLog(ctx, id)
+}
+
+// clearUnrecorded deletes what exists of a grant without open attempts.
+func (b *Backend) clearUnrecorded(ctx context.Context, id backend.GrantID) error {
+	for _, r := range b.regions {
+		found, err := b.existing(ctx, r)
+		if err != nil {
+			return err
+		}
+		for attempt := range found {
+			if attempt.grant != id {
+				continue
+			}
+			if err := b.settle(ctx, r, attempt); err != nil {
+				return err
+			}
+			if err := b.erase(ctx, r, attempt); err != nil {
+				return err
+			}
+			b.release(attempt)
+		}
+	}
+	return nil
+}
+
+// settle saves an attempt's final account, before its instance is deleted.
+func (b *Backend) settle(ctx context.Context, r *region, id identity) error {
+	all, err := r.instances.now(ctx)
+	if err != nil {
+		return classify(err, "look for the instance")
+	}
+	i, found := all.value.of(id)
+	if !found || i.state == types.InstanceStateNamePending {
+		return nil
+	}
+	saved, err := b.env.Journal.SavedLog(ctx, id.grant)
+	if err != nil {
+		return err
+	}
+	if saved != nil && saved.Attempt == id.attempt {
+		return nil // an earlier try read it when it ended
+	}
+	log := backend.ComputeLog{
+		GrantID: id.grant, InstanceID: backend.InstanceID(i.id), Region: r.name, Attempt: id.attempt, Shape: i.shape,
+		StartedAt: i.launched.UTC(), EndedAt: time.Now().UTC(), ValidTo: i.validTo,
+		Exit: backend.Exit{Reason: backend.EndTerminated},
+	}
+	switch {
+	case i.over():
+		log.EndedAt, log.Exit = i.endedAt(), b.exitOf(ctx, r, i)
+	case !log.EndedAt.Before(i.validTo) && !i.validTo.IsZero():
+		log.Exit.Reason = backend.EndDeadline
+	}
+	log.Usage, log.Partial = b.usageOf(ctx, r, i, log.EndedAt)
+	log.Usage.Allocated(log.Shape, log.StartedAt, log.EndedAt)
+	return b.env.Journal.SaveLog(ctx, log)
+}
+
+// usageOf reads what CloudWatch has measured so far, and says whether that is
+// less than all: it lags by minutes, and nobody waits for it.
+func (b *Backend) usageOf(ctx context.Context, r *region, i instance, to time.Time) (u backend.Usage, partial bool) {
+	u, err := r.clients.usage(ctx, i.id, b.catalogue.cpus(r.name, i.kind), i.launched, to)
+	if err != nil {
+		b.log.WarnContext(ctx, "CloudWatch tells no usage", "grant_id", i.grant.String(), "instance_id", i.id, "error", err.Error())
+		return backend.Usage{}, true
+	}
+	for _, m := range []*backend.Measurement{u.CPU, u.NetworkReceived, u.NetworkSent} {
+		if m == nil || m.To.Before(to) {
+			partial = true
+		}
+	}
+	return u, partial
+}
+
+// undo deletes everything of an attempt, records that it is gone, and gives back
+// its room.
+func (b *Backend) undo(ctx context.Context, r *region, id identity, fresh bool) error {
+	if !fresh {
+		if err := b.erase(ctx, r, id); err != nil {
+			return err
+		}
+	}
+	if err := b.env.Journal.Gone(ctx, id.grant, id.attempt); err != nil {
+		return err
+	}
+	b.release(id)
+	return nil
+}
+
+// erase deletes what exists of an attempt until EC2 confirms that nothing is
+// left. That nothing is to be found counts only once EC2 had the time to show
+// it.
+func (b *Backend) erase(ctx context.Context, r *region, id identity) error {
+	settled := b.settled(id)
+	told := map[string]bool{}
+	for {
+		all, err := r.instances.now(ctx)
+		if err != nil {
+			return classify(err, "look for the instance")
+		}
+		var living []instance
+		found := false
+		for _, i := range all.value[id.grant] {
+			if i.attempt == id.attempt {
+				found = true
+				if !i.terminated() {
+					living = append(living, i)
+				}
+			}
+		}
+		if !found && !all.asked.After(settled) {
+			if err := sleep(ctx, min(time.Until(settled)+time.Millisecond, b.config.PollInterval.Duration)); err != nil {
+				return classify(err, "wait until the instance would be seen")
+			}
+			continue
+		}
+		if len(living) == 0 {
+			left, err := b.eraseParts(ctx, r, id)
+			switch {
+			case err != nil:
+				return err
+			case !left:
+				if b.platformDeadline() {
+					return b.disarm(ctx, r, id)
+				}
+				return nil
+			}
+		}
+		for _, i := range living {
+			if told[i.id] || i.state == types.InstanceStateNameShuttingDown {
+				continue
+			}
+			_, err := r.clients.ec2.TerminateInstances(ctx, &ec2.TerminateInstancesInput{InstanceIds: []string{i.id}})
+			if err != nil && !notFound(err) {
+				return classify(err, "terminate instance "+i.id)
+			}
+			told[i.id] = true
+		}
+		if err := sleep(ctx, b.config.PollInterval.Duration/freshGap); err != nil {
+			return classify(err, "wait until the instance is terminated")
+		}
+	}
+}
+
+// eraseParts reports whether volumes or interfaces of an attempt are left, whose
+// instance is gone. EC2 deletes them with it; what it left all the same is
+// deleted here.
+func (b *Backend) eraseParts(ctx context.Context, r *region, id identity) (left bool, err error) {
+	all, err := r.parts.now(ctx)
+	if err != nil {
+		return false, classify(err, "look for volumes and network interfaces")
+	}
+	for _, p := range all.value[id.grant] {
+		if p.attempt != id.attempt {
+			continue
+		}
+		left = true
+		if p.attached {
+			continue // it is going with its instance
+		}
+		if p.isVolume {
+			_, err = r.clients.ec2.DeleteVolume(ctx, &ec2.DeleteVolumeInput{VolumeId: aws.String(p.id)})
+		} else {
+			_, err = r.clients.ec2.DeleteNetworkInterface(ctx, &ec2.DeleteNetworkInterfaceInput{NetworkInterfaceId: aws.String(p.id)})
+		}
+		if err != nil && !notFound(err) && !stillInUse(err) {
+			return true, classify(err, "delete "+p.id)
+		}
+	}
+	return left, nil
+}
+
+// stillInUse says that a part is just going away with its instance.
+func stillInUse(err error) bool {
+	return slices.Contains([]string{"VolumeInUse", "IncorrectState", "InvalidParameterValue", "InvalidNetworkInterface.InUse"}, codeOf(err))
+}
+
+// existing lists which attempts have anything in a region.
+func (b *Backend) existing(ctx context.Context, r *region) (map[identity]backend.Resource, error) {
+	all, err := r.instances.now(ctx)
+	if err != nil {
+		return nil, classify(err, "list instances")
+	}
+	rest, err := r.parts.now(ctx)
+	if err != nil {
+		return nil, classify(err, "list volumes and network interfaces")
+	}
+	out := map[identity]backend.Resource{}
+	for _, list := range all.value {
+		for _, i := range list {
+			if i.terminated() {
+				continue
+			}
+			out[i.identity] = backend.Resource{
+				GrantID: i.grant, Attempt: i.attempt, InstanceID: backend.InstanceID(i.id), Placement: string(r.name), Running: !i.over(),
+				CreatedAt: i.launched.UTC(), ValidTo: i.validTo,
+			}
+		}
+	}
+	for _, list := range rest.value {
+		for _, p := range list {
+			if _, known := out[p.identity]; !known {
+				out[p.identity] = backend.Resource{
+					GrantID: p.grant, Attempt: p.attempt, InstanceID: backend.InstanceID(p.id), Placement: string(r.name),
+					CreatedAt: p.createdAt.UTC(), ValidTo: p.validTo,
+				}
+			}
+		}
+	}
+	if !b.platformDeadline() {
+		return out, nil
+	}
+	schedules, err := b.readSchedules(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range schedules {
+		if _, known := out[id]; !known {
+			out[id] = backend.Resource{GrantID: id.grant, Attempt: id.attempt, InstanceID: backend.InstanceID(b.scheduleName(id)), Placement: string(r.name)}
+		}
+	}
+	return out, nil
+}
+
+// List implements backend.Inventory.
+func (b *Backend) List(ctx context.Context) (backend.Listing, error) {
+	var (
+		out      backend.Listing
+		problems []error
+	)
+	for _, r := range b.regions {
+		found, err := b.existing(ctx, r)
+		if err != nil {
+			problems = append(problems, err)
+			out.Blind = append(out.Blind, string(r.name))
+			continue
+		}
+		for _, resource := range found {
+			out.Resources = append(out.Resources, resource)
+		}
+	}
+	if len(problems) == len(b.regions) {
+		return backend.Listing{}, classify(errors.Join(problems...), "list what exists")
+	}
+	slices.SortFunc(out.Resources, func(x, y backend.Resource) int {
+		if c := slices.Compare(x.GrantID[:], y.GrantID[:]); c != 0 {
+			return c
+		}
+		return int(x.Attempt) - int(y.Attempt)
+	})
+	return out, nil
+}
