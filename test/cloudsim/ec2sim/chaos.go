@@ -1,6 +1,8 @@
 package ec2sim
 
 import (
+	"errors"
+	"fmt"
 	"maps"
 	"slices"
 
@@ -67,26 +69,26 @@ func (c *Cloud) SetQuota(region string, quotas Quotas) {
 }
 
 // Interrupt takes an instance back, as the service does with spot instances. It
-// says whether there was one.
-func (c *Cloud) Interrupt(id string) bool {
+// fails if there is none.
+func (c *Cloud) Interrupt(id string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i, _ := c.instance(id)
 	if i == nil {
-		return false
+		return fmt.Errorf("no instance %q", id)
 	}
 	c.endInstance(i, "Server.SpotInstanceTermination", "Server.SpotInstanceTermination: Spot instance termination")
-	return true
+	return nil
 }
 
 // Vanish removes an instance and all of its, as if there had never been any. It
-// says whether there was one.
-func (c *Cloud) Vanish(id string) bool {
+// fails if there is none.
+func (c *Cloud) Vanish(id string) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	i, r := c.instance(id)
 	if i == nil {
-		return false
+		return fmt.Errorf("no instance %q", id)
 	}
 	delete(r.instances, id)
 	delete(r.interfaces, i.nic.ID)
@@ -96,7 +98,7 @@ func (c *Cloud) Vanish(id string) bool {
 	maps.DeleteFunc(r.tokens, func(_ string, made *launched) bool { return slices.Contains(made.instances, i) })
 	c.endInstance(i, "Server.InternalError", "Server.InternalError: vanished")
 	close(i.gone)
-	return true
+	return nil
 }
 
 // instance finds one in whichever region. The caller holds mu.
@@ -123,11 +125,51 @@ func (c *Cloud) Machine(id string) cloudsim.Machine {
 // Instances are all of all regions that aren't forgotten, terminated ones too,
 // whether a caller would find them yet or not.
 func (c *Cloud) Instances() []Instance {
-	return list(c, func(r *region) map[string]*instance { return r.instances }, func(i *instance) Instance {
-		snapshot := i.Instance
-		snapshot.Tags = maps.Clone(i.Tags)
-		return snapshot
-	})
+	return list(c, func(r *region) map[string]*instance { return r.instances }, (*instance).snapshot)
+}
+
+// History are all instances that there ever were, those too that are forgotten.
+func (c *Cloud) History() []Instance {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	all := make([]Instance, len(c.history))
+	for i, one := range c.history {
+		all[i] = one.snapshot()
+	}
+	return all
+}
+
+func (i *instance) snapshot() Instance {
+	snapshot := i.Instance
+	snapshot.Tags = maps.Clone(i.Tags)
+	return snapshot
+}
+
+// Plant puts a running instance behind everybody's back, with a volume and an
+// interface, which all have the tags. It runs on no machine and has no address.
+func (c *Cloud) Plant(regionName string, tags map[string]string) (id string, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r := c.regions[regionName]
+	if r == nil || len(r.Images) == 0 {
+		return "", fmt.Errorf("no region %q with an image", regionName)
+	}
+	image := r.Images[0]
+	fits := slices.IndexFunc(r.Types, func(t InstanceType) bool { return t.Architecture == image.Architecture })
+	if fits < 0 {
+		return "", fmt.Errorf("no type in region %q fits its image", regionName)
+	}
+	l := &launch{
+		shutdownBehavior: "terminate", instanceTags: tags, volumeTags: tags, interfaceTags: tags,
+		metadata: Metadata{Tokens: "required", HopLimit: 1, Endpoint: "enabled", IPv6: "disabled", Tags: "disabled"},
+	}
+	i := c.make(r, l, image, r.Types[fits], r.subnets[0])
+	i.reservation = "r-" + newID()
+	i.State, i.planted, i.failure = StateRunning, true, nil
+	if !c.background(func() { c.live(r, i) }) {
+		return "", errors.New("the cloud is closed")
+	}
+	return i.ID, nil
 }
 
 // Volumes are all that exist.

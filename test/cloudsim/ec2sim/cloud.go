@@ -102,6 +102,7 @@ type Cloud struct {
 	regions   map[string]*region
 	buckets   map[string]*cloudsim.Bucket
 	denied    map[string]bool
+	history   []*instance
 	requests  []*Request
 	intercept func(Request) Intervention
 }

@@ -2,6 +2,7 @@ package ec2sim
 
 import (
 	"compress/gzip"
+	"context"
 	"crypto/rand"
 	"encoding/hex"
 	"io"
@@ -51,8 +52,10 @@ type Request struct {
 
 // Intervention is what happens to a request that would not happen by itself.
 type Intervention struct {
-	// Before is called before the effect; it may block.
-	Before func()
+	// Before is called before the effect, with the request's context, which ends
+	// when the caller leaves; it may block. With an error there is no effect, and
+	// the connection is closed without an answer.
+	Before func(context.Context) error
 	// Refuse is answered in place of the effect.
 	Refuse *Error
 	// After is called after the effect, or the refusal, before the answer; it may
@@ -169,7 +172,7 @@ func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.refuse(w, id, fault)
 		return
 	}
-	c.serve(w, s, id, action, regionName, values)
+	c.serve(r.Context(), w, s, id, action, regionName, values)
 }
 
 func readBody(r *http.Request) ([]byte, error) {
@@ -213,7 +216,7 @@ func (c *Cloud) authenticate(s *service, r *http.Request, key, regionName string
 }
 
 // serve carries a request out that was decoded.
-func (c *Cloud) serve(w http.ResponseWriter, s *service, id, action, regionName string, values url.Values) {
+func (c *Cloud) serve(ctx context.Context, w http.ResponseWriter, s *service, id, action, regionName string, values url.Values) {
 	request := Request{
 		Service: s.name, Action: action, Region: regionName, Params: values,
 		DryRun: s.dryRun && values.Get("DryRun") == "true", Time: c.clock.Now(),
@@ -233,7 +236,12 @@ func (c *Cloud) serve(w http.ResponseWriter, s *service, id, action, regionName 
 		intervention = intercept(request)
 	}
 	if intervention.Before != nil {
-		intervention.Before()
+		if err := intervention.Before(ctx); err != nil {
+			c.mu.Lock()
+			logged.Lost = true
+			c.mu.Unlock()
+			panic(http.ErrAbortHandler)
+		}
 	}
 	result, fault := any(nil), intervention.Refuse
 	if fault == nil {

@@ -39,8 +39,10 @@ type Instance struct {
 	// Reason and ReasonMessage are the StateReason, once the end has begun.
 	Reason, ReasonMessage string
 	// Addr is its public and its private address, once its machine has started.
-	Addr             netip.Addr
-	Launched         time.Time
+	Addr     netip.Addr
+	Launched time.Time
+	// Terminated is zero until it is.
+	Terminated       time.Time
 	Tags             map[string]string
 	UserData         []byte
 	SecurityGroups   []string
@@ -64,7 +66,7 @@ type instance struct {
 	// transition is the time and cause of the last change of state.
 	transition string
 	started    time.Time
-	ended      time.Time
+	planted    bool
 	disks      []*volume
 	nic        *netInterface
 	machine    cloudsim.Machine
@@ -121,6 +123,7 @@ func (c *Cloud) make(r *region, l *launch, image Image, kind InstanceType, place
 		}
 	}
 	r.instances[i.ID] = i
+	c.history = append(c.history, i)
 	root := disk{device: image.RootDevice, kind: "gp2", sizeGiB: image.SizeGiB}
 	disks := []disk{root}
 	for _, d := range l.disks {
@@ -143,7 +146,13 @@ func (c *Cloud) make(r *region, l *launch, image Image, kind InstanceType, place
 // live is an instance's life, from the launch until it is forgotten.
 func (c *Cloud) live(r *region, i *instance) {
 	var machine cloudsim.Machine
-	if i.failure == nil {
+	switch {
+	case i.planted:
+		select {
+		case <-i.kill:
+		case <-c.life.Done():
+		}
+	case i.failure == nil:
 		var err error
 		machine, err = c.options.Machines.Start(c.life, c.boot(i))
 		c.mu.Lock()
@@ -156,7 +165,9 @@ func (c *Cloud) live(r *region, i *instance) {
 		}
 		c.mu.Unlock()
 	}
-	c.clock.Wait(c.life, pendingFor, i.kill)
+	if !i.planted {
+		c.clock.Wait(c.life, pendingFor, i.kill)
+	}
 	c.mu.Lock()
 	switch {
 	case i.failure != nil:
@@ -170,7 +181,7 @@ func (c *Cloud) live(r *region, i *instance) {
 	}
 	c.clock.Wait(c.life, shuttingDownFor, i.gone)
 	c.mu.Lock()
-	i.State, i.ended = StateTerminated, c.clock.Now()
+	i.State, i.Terminated = StateTerminated, c.clock.Now()
 	i.Addr = netip.Addr{}
 	if !i.nic.stays {
 		delete(r.interfaces, i.nic.ID)

@@ -80,6 +80,13 @@ const (
 	OwnerCanonical = "099720109477"
 )
 
+// Public SSM parameters of images that [DefaultImages] has.
+const (
+	ParameterDebian12      = "/aws/service/debian/release/12/latest/amd64"
+	ParameterDebian13      = "/aws/service/debian/release/13/latest/amd64"
+	ParameterDebian13ARM64 = "/aws/service/debian/release/13/latest/arm64"
+)
+
 // DefaultRegions are two regions with the images and types that tests start from.
 // A type's size is the real one.
 func DefaultRegions() []Region {
