@@ -70,32 +70,54 @@ func (e *env) open(key *ecdh.PrivateKey, r backend.Receipt) redact.Secret {
 	return redact.New(plain)
 }
 
-// firstPoint returns the first provider call that a new grant's Provision makes
-// for it.
-func (e *env) firstPoint() string {
+// beforeCreation returns where a new grant's Provision can be held before it has
+// the instance made: at its first provider call, or, of a worker that asks
+// nothing but what it asks for all grants together, at its last call to the
+// ledger.
+func (e *env) beforeCreation() Fault {
 	e.Helper()
 	g, envelope := e.grant()
 	stop := e.f.Record(g.ID)
-	p := e.provision(g, envelope)
-	calls := stop()
-	e.terminate(p.Instance.Handle)
-	n := slices.IndexFunc(calls, func(c Call) bool { return c.Side == SideProvider })
-	if n < 0 {
-		e.Fatalf("Provision made no call to the provider")
-	}
-	return calls[n].Point
-}
-
-// closedAt provisions a new grant that another process closes while a provider
-// call of Provision is held. It returns Provision's error, which must be that the
-// grant has ended, and ends the grant.
-func (e *env) closedAt(point string) (backend.Grant, error) {
-	e.Helper()
-	g, envelope := e.grant()
-	hold := e.f.Inject(Fault{Point: point, Kind: FaultSlow, GrantID: g.ID})
+	hold := e.f.Inject(Fault{Point: e.f.CreatePoint, Kind: FaultSlow, GrantID: g.ID})
 	defer hold.Release()
 	call := e.begin(e.ctx(), g, envelope)
-	receive(e, "the provider call "+point, hold.Reached())
+	receive(e, "the provider call "+e.f.CreatePoint, hold.Reached())
+	calls := stop()
+	hold.Release()
+	if o := receive(e, "Provision", call); o.err != nil {
+		e.Fatalf("Provision: %s", describe(o.err))
+	}
+	e.terminate(e.handle(g.ID))
+	at, nth := Fault{}, map[string]int{}
+	for _, c := range calls {
+		switch {
+		case c.Varies:
+			// What is shared may be held for somebody else, at any time.
+		case c.Side == SideProvider && c.Point != e.f.CreatePoint:
+			return Fault{Side: c.Side, Point: c.Point}
+		case c.Side == SideLedger:
+			nth[c.Point]++
+			at = Fault{Side: c.Side, Point: c.Point, Nth: nth[c.Point]}
+		}
+	}
+	if at.Point == "" {
+		e.Fatalf("Provision made no call before the provider's %s", e.f.CreatePoint)
+	}
+	return at
+}
+
+// closedAt provisions a new grant that another process closes while a call of
+// Provision is held. It returns Provision's error, which must be that the grant
+// has ended, and ends the grant.
+func (e *env) closedAt(at Fault) (backend.Grant, error) {
+	e.Helper()
+	g, envelope := e.grant()
+	point := at.Point
+	at.Kind, at.GrantID = FaultSlow, g.ID
+	hold := e.f.Inject(at)
+	defer hold.Release()
+	call := e.begin(e.ctx(), g, envelope)
+	receive(e, "the call "+point, hold.Reached())
 	if err := e.f.CloseGrant(e.ctx(), g.ID); err != nil {
 		e.Fatalf("CloseGrant: %v", err)
 	}
@@ -539,7 +561,7 @@ func provisionCases() []testCase {
 		}},
 		{name: "provision/a closure by another process is seen before anything is made", needs: []need{needInject, needHistory, needClose}, run: func(e *env) {
 			// A worker that has seen no closure yet looks again right before it creates.
-			g, err := e.closedAt(e.firstPoint())
+			g, err := e.closedAt(e.beforeCreation())
 			e.wantNone(err, "Provision of a grant that was closed before it was made")
 			if n := e.f.History(g.ID).Created; n > 0 {
 				e.Errorf("%d instances were made of a grant that was closed", n)
@@ -547,7 +569,7 @@ func provisionCases() []testCase {
 		}},
 		{name: "provision/a closure by another process is seen before it is ready", needs: []need{needInject, needClose}, run: func(e *env) {
 			for _, point := range e.provisionPoints() {
-				_, _ = e.closedAt(point) // It has checked the error.
+				_, _ = e.closedAt(Fault{Point: point}) // It has checked the error.
 			}
 		}},
 		{name: "provision/what is passed and returned isn't shared", run: func(e *env) {

@@ -785,6 +785,31 @@ func TestTheTimeToReconnectIsGiven(t *testing.T) {
 	}
 }
 
+// A worker that asks its provider for all grants together makes no call for one
+// before it has its instance made.
+func TestAClosureIsSeenWhereTheFirstCallCreates(t *testing.T) {
+	open := openFake(plain, breakage{})
+	failures := record(t, func(t testing.TB) *Fixture {
+		t.Helper()
+		f := open(t)
+		recorded := f.Record
+		f.Record = func(id backend.GrantID) func() []Call {
+			stop := recorded(id)
+			return func() (calls []Call) {
+				for _, c := range stop() {
+					c.Varies = c.Varies || c.Side == SideProvider && !c.Mutates
+					calls = append(calls, c)
+				}
+				return calls
+			}
+		}
+		return f
+	}, "provision/a closure by another process is seen before anything is made", direct)
+	if len(failures) > 0 {
+		t.Errorf("%q", failures)
+	}
+}
+
 func TestASweepBearsThatCallsThatVaryAreMissed(t *testing.T) {
 	for _, c := range []struct{ runs, missed int }{{1, 2}, {4, 2}, {8, 2}, {9, 3}, {16, 5}, {300, 100}} {
 		if got := mayMiss(c.runs); got != c.missed {
