@@ -22,7 +22,7 @@ func (s *dirStore) Close() error { return nil }
 
 // Open implements [Store].
 func (s *dirStore) Open(ctx context.Context, image Image) (io.ReadCloser, int64, error) {
-	path, err := image.path("file://" + filepath.ToSlash(s.dir))
+	path, err := image.Path("file://" + filepath.ToSlash(s.dir))
 	if err != nil {
 		return nil, 0, err
 	}

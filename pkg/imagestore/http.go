@@ -59,7 +59,7 @@ func (s *httpStore) Close() error {
 
 // Open implements [Store].
 func (s *httpStore) Open(ctx context.Context, image Image) (_ io.ReadCloser, _ int64, err error) {
-	path, err := image.path(s.base.String())
+	path, err := image.Path(s.base.String())
 	if err != nil {
 		return nil, 0, err
 	}

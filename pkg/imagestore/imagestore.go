@@ -159,9 +159,10 @@ func limit(store int64, image Image) (int64, error) {
 // maxPointerBytes is far above any sensible object name.
 const maxPointerBytes = 1024
 
-// path returns where an image lies below a base: slash-separated, clean, and
-// made of characters that mean the same in a file name and in a URL.
-func (i Image) path(base string) (string, error) {
+// Path returns where an image lies below a base, which has no slash at its end:
+// slash-separated, clean, and made of characters that mean the same in a file
+// name and in a URL. It fails with [ErrInvalidPointer].
+func (i Image) Path(base string) (string, error) {
 	if !i.Digest.valid() {
 		return "", fmt.Errorf("%w: no valid digest", ErrInvalidPointer)
 	}
