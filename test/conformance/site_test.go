@@ -3,11 +3,8 @@ package conformance
 import (
 	"cmp"
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,19 +13,15 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/crypto/ssh"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
-	"github.com/compute-bridge/compute-bridge/pkg/backendgrpc"
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
-	"github.com/compute-bridge/compute-bridge/pkg/config"
-	"github.com/compute-bridge/compute-bridge/pkg/grpcx"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/pgtest"
 	"github.com/compute-bridge/compute-bridge/test/internal/site"
+	"github.com/compute-bridge/compute-bridge/test/internal/suite"
 	"github.com/compute-bridge/compute-bridge/test/lab"
 	"github.com/compute-bridge/compute-bridge/test/lab/hostfixture"
 	"github.com/compute-bridge/compute-bridge/test/lab/ociimage"
@@ -54,19 +47,9 @@ var (
 	suiteRoom  = []int{2, 1}
 )
 
-// identities are those whom the suite plays, and the processes', with what their
-// certificates are for.
-var identities = [][2]string{
-	{workerName, "reader"},
-	{"router", "router"},
-	{"backendtest-owner", "client"},
-	{"backendtest-stranger", "client"},
-	{"backendtest-operator", "operator"},
-	{nobody, "client"},
-}
-
-// nobody is an identity that no configuration lists.
-const nobody = "backendtest-nobody"
+// processes are the identities of the processes, with what their certificates are
+// for.
+var processes = [][2]string{{workerName, "reader"}, {"router", "router"}}
 
 // ground is what bridges stand on, one at a time: hosts, an address, and files
 // that no process writes.
@@ -110,7 +93,7 @@ func newGround(t *testing.T) *ground {
 	ip := fmt.Sprintf("127.2.0.%d", grounds.n)
 	grounds.Unlock()
 	g := &ground{site: &site.Site{Lab: l, Bin: filepath.Join(root, "bin"), Dir: t.TempDir(), IP: ip}}
-	for _, args := range g.site.CertCommands(identities...) {
+	for _, args := range g.site.CertCommands(append(suite.Identities(), processes...)...) {
 		if out, err := g.site.Command(t.Context(), "", "bridgectl", args...).CombinedOutput(); err != nil {
 			t.Fatalf("bridgectl %v: %v\n%s", args, err, out)
 		}
@@ -181,7 +164,7 @@ func newBridge(t testing.TB, g *ground) *bridge {
 	t.Helper()
 	b := &bridge{
 		Site:   &site.Site{Lab: g.site.Lab, Bin: g.site.Bin, Dir: t.TempDir(), IP: g.site.IP},
-		ground: g, login: newLogin(t),
+		ground: g, login: suite.NewLogin(t),
 	}
 	b.hosts = &hostfixture.Site{BridgeID: bridgeID, Hosts: g.hosts, Patience: patience, Usable: b.usable}
 	for _, shared := range []string{"certs", "images"} {
@@ -202,7 +185,7 @@ func newBridge(t testing.TB, g *ground) *bridge {
 	b.worker.Settings = fmt.Sprintf("usage_interval = %q\n", usageInterval)
 	sweep := strings.NewReplacer(`interval = "2s"`, `interval = "500ms"`, `orphan_age = "10s"`, fmt.Sprintf("orphan_age = %q", cmp.Or(g.orphanAge, time.Hour)))
 	router := site.Client{Identity: site.Identity("router"), Role: "reader", Router: true}
-	if err := b.worker.WriteConfig(sweep.Replace(b.worker.Config(bridgeID, append(clients(), router)...))); err != nil {
+	if err := b.worker.WriteConfig(sweep.Replace(b.worker.Config(bridgeID, append(suite.Clients(), router)...))); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { b.end(t) })
@@ -220,21 +203,12 @@ func (g *ground) ledger(t testing.TB) (calls *ledgertest.Points, section string)
 	return tap.Points, fmt.Sprintf("driver = \"postgres\"\ndsn = %q\n", tap.DSN(g.postgres.Database(t)))
 }
 
-// clients are those whom the suite plays.
-func clients() []site.Client {
-	return []site.Client{
-		{Identity: site.Identity("backendtest-owner"), Role: "client"},
-		{Identity: site.Identity("backendtest-stranger"), Role: "client"},
-		{Identity: site.Identity("backendtest-operator"), Role: "operator"},
-	}
-}
-
 // routeTo puts a router before the worker, which it reaches at an address. It
 // returns where the router's calls to its ledger pass, unless that is a file.
 func (b *bridge) routeTo(t testing.TB, addr string) *ledgertest.Points {
 	t.Helper()
 	b.routed = true
-	text := strings.Replace(b.RouterConfig(bridgeID, clients(), b.worker), b.worker.Addr(), addr, 1)
+	text := strings.Replace(b.RouterConfig(bridgeID, suite.Clients(), b.worker), b.worker.Addr(), addr, 1)
 	calls, section := b.ground.ledger(t)
 	if calls != nil {
 		text = strings.Replace(text, `path = "router.db"`, section, 1)
@@ -262,26 +236,14 @@ func (b *bridge) start(ctx context.Context) (backend.Backend, error) {
 			return nil, err
 		}
 	}
-	all := callers{}
-	for _, identity := range identities[2:] {
-		dir := b.Path("certs", identity[0])
-		conn, err := grpcx.Dial(grpcx.ClientConfig{Target: "passthrough:///" + addr}, grpcx.TLSConfig{
-			CertFile: config.Path(filepath.Join(dir, "cert.pem")), KeyFile: config.Path(filepath.Join(dir, "key.pem")), CAFile: config.Path(filepath.Join(dir, "ca.pem")),
-		}, grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff: backoff.Config{BaseDelay: 10 * time.Millisecond, MaxDelay: 100 * time.Millisecond, Multiplier: 2},
-			// Zero would leave a handshake no longer than the pause before it.
-			MinConnectTimeout: 10 * time.Second,
-		}))
-		if err != nil {
-			return nil, err
-		}
-		b.conns = append(b.conns, conn)
-		all[identity[0]] = backendgrpc.NewClient(conn)
+	all, err := suite.Dial(b.Site, addr, &b.conns)
+	if err != nil {
+		return nil, err
 	}
 	b.client = all
 	// A new router has yet to hear from its worker.
 	running := b.running()
-	return all, soon(ctx, func() error { return allIsWell(ctx, all, running) })
+	return all, suite.Soon(ctx, func() error { return suite.AllIsWell(ctx, all, running) })
 }
 
 // serve starts a process, unless it runs already, and waits until it takes
@@ -290,43 +252,11 @@ func (b *bridge) serve(ctx context.Context, name, program, file, addr string) er
 	if slices.ContainsFunc(b.running(), func(p *site.Process) bool { return p.Name == name }) {
 		return nil
 	}
-	p, err := b.Start(ctx, name, program, "-config", file)
-	if err != nil {
-		return err
+	p, err := suite.Serve(ctx, b.Site, name, program, file, addr)
+	if p != nil {
+		b.processes = append(b.processes, p)
 	}
-	b.processes = append(b.processes, p)
-	return soon(ctx, func() error {
-		conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", addr)
-		if err == nil {
-			return conn.Close()
-		}
-		if !p.Running() {
-			return &endedError{p}
-		}
-		return err
-	})
-}
-
-// endedError says that a process ended instead of serving. Waiting doesn't help.
-type endedError struct{ *site.Process }
-
-func (e *endedError) Error() string { return e.Name + " ended:\n" + e.LogTail() }
-
-// soon repeats a look until it succeeds, can't any more, or ctx ends.
-func soon(ctx context.Context, look func() error) error {
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		err := look()
-		if _, ended := errors.AsType[*endedError](err); ended || err == nil {
-			return err
-		}
-		select {
-		case <-tick.C:
-		case <-ctx.Done():
-			return errors.Join(err, ctx.Err())
-		}
-	}
+	return err
 }
 
 // kill kills the named processes, or all, with SIGKILL.
@@ -349,7 +279,7 @@ func (b *bridge) usable(ctx context.Context) error {
 	b.mu.Unlock()
 	for _, p := range running {
 		if p.Name == workerName {
-			return soon(ctx, func() error { return allIsWell(ctx, client, running) })
+			return suite.Soon(ctx, func() error { return suite.AllIsWell(ctx, client, running) })
 		}
 	}
 	return nil
@@ -358,21 +288,6 @@ func (b *bridge) usable(ctx context.Context) error {
 // running returns the processes that run. The caller holds b.mu.
 func (b *bridge) running() []*site.Process {
 	return slices.DeleteFunc(slices.Clone(b.processes), func(p *site.Process) bool { return !p.Running() })
-}
-
-// allIsWell is an error unless a backend says so of itself, which one of which a
-// process has ended never will.
-func allIsWell(ctx context.Context, of backend.Backend, processes []*site.Process) error {
-	c, err := of.Capabilities(backend.WithCaller(ctx, backend.Caller{Identity: "backendtest-operator", Role: backend.RoleOperator}))
-	if err == nil && (len(c.Warnings) > 0 || c.Stale || len(c.Regions) == 0) {
-		err = fmt.Errorf("not all is well: %+v", c)
-	}
-	for _, p := range processes {
-		if err != nil && !p.Running() {
-			return &endedError{p}
-		}
-	}
-	return err
 }
 
 // logs returns all that the processes have printed.
@@ -437,14 +352,7 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 		Measures:      true,
 		Logs:          b.logs,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
-			g := backend.Grant{
-				Image: b.ground.image, PostHash: b.ground.image.Digest.Sum, Shape: suiteShape, MinIsolation: backend.IsolationContainer,
-				Network:     backend.NetworkPolicy{Mode: backend.NetworkOpen},
-				Environment: map[string]string{"NAME": "value"}, AlmanacSequence: 3,
-				ValidTo: time.Now().Add(time.Hour).Truncate(time.Microsecond).UTC(),
-			}
-			_, _ = rand.Read(g.ID[:]) // Never fails.
-			return g, backend.Envelope{PostHash: g.PostHash, SSHPublicKey: b.login}
+			return suite.NewGrant(b.ground.image, suiteShape, b.login)
 		},
 		OrphanAge:  b.ground.orphanAge,
 		CloseGrant: b.closeGrant,
@@ -492,53 +400,4 @@ func (b *bridge) dies(t testing.TB, f *backendtest.Fixture, names ...string) {
 		f.Kill()
 		return b.start(t.Context())
 	}
-}
-
-// newLogin returns a requester's public key.
-func newLogin(t testing.TB) string {
-	t.Helper()
-	public, _, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := ssh.NewPublicKey(public)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
-}
-
-// callers are the ways to the bridge, by the identity that each has a
-// certificate of. Whom the context names is who calls.
-type callers map[string]backend.Backend
-
-var _ backend.Backend = callers(nil)
-
-func (c callers) by(ctx context.Context) backend.Backend {
-	if b, ok := c[backend.CallerFrom(ctx).Identity]; ok {
-		return b
-	}
-	return c[nobody]
-}
-
-func (c callers) Name(ctx context.Context) (string, error) { return c.by(ctx).Name(ctx) }
-
-func (c callers) Capabilities(ctx context.Context) (backend.Capabilities, error) {
-	return c.by(ctx).Capabilities(ctx)
-}
-
-func (c callers) CanSatisfy(ctx context.Context, g backend.Grant) (backend.Satisfaction, error) {
-	return c.by(ctx).CanSatisfy(ctx, g)
-}
-
-func (c callers) Provision(ctx context.Context, g backend.Grant, e backend.Envelope) (backend.Provisioned, error) {
-	return c.by(ctx).Provision(ctx, g, e)
-}
-
-func (c callers) WatchUntilExit(ctx context.Context, h backend.Handle, emit func(backend.Event) error) error {
-	return c.by(ctx).WatchUntilExit(ctx, h, emit)
-}
-
-func (c callers) Terminate(ctx context.Context, h backend.Handle) (backend.Termination, error) {
-	return c.by(ctx).Terminate(ctx, h)
 }

@@ -177,8 +177,9 @@ func (w *Worker) ConfigFile() string { return w.site.Path(w.Name, "worker.toml")
 // Socket is the worker's unix socket.
 func (w *Worker) Socket() string { return w.site.Path(w.Name, "worker.sock") }
 
-// Config returns the text of the configuration.
-func (w *Worker) Config(bridgeID string, clients ...Client) string {
+// Frame returns the text of the configuration without the backend's sections: what
+// every worker has.
+func (w *Worker) Frame(bridgeID string, clients ...Client) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, `bridge_id = %q
 name = %q
@@ -204,6 +205,13 @@ address = %q
 address = "unix:%s"
 `, bridgeID, w.Name, w.Metrics(), cmp.Or(strings.TrimSpace(w.Ledger), `path = "ledger.db"`), w.Name, w.Name, w.Name, w.Addr(), w.Socket())
 	writeClients(&b, clients)
+	return b.String()
+}
+
+// Config returns the text of the configuration.
+func (w *Worker) Config(bridgeID string, clients ...Client) string {
+	var b strings.Builder
+	b.WriteString(w.Frame(bridgeID, clients...))
 	fmt.Fprintf(&b, `
 [backend]
 guest_binary = %q

@@ -1,0 +1,9 @@
+package aws
+
+import (
+	"testing"
+
+	"github.com/compute-bridge/compute-bridge/test/lab"
+)
+
+func TestMain(m *testing.M) { lab.Main(m, lab.CheckGoroutines()) }
