@@ -43,11 +43,11 @@ func osRelease(text string) (id, codename string) {
 }
 
 // hostSources returns the deb822 text from which a root file system of a lab
-// host is built, and its suite. It is the machine's own configuration with only
+// host is built, and its suite, which is the one that is wanted if any is. It is the machine's own configuration with only
 // the suite's name changed, so that mirrors, proxies and keys stay the
 // machine's. Ubuntu's archives hold no Debian: an Ubuntu machine gets hosts of
 // its own release.
-func hostSources(etc string) (text, suite string, err error) {
+func hostSources(etc, wanted string) (text, suite string, err error) {
 	release, err := os.ReadFile(filepath.Join(etc, "os-release"))
 	if err != nil {
 		return "", "", fmt.Errorf("read the machine's release: %w", err)
@@ -60,6 +60,9 @@ func hostSources(etc string) (text, suite string, err error) {
 		suite = codename
 	default:
 		return "", "", fmt.Errorf("lab hosts are built on Debian or Ubuntu, and this machine is %q", id)
+	}
+	if wanted != "" {
+		suite = wanted
 	}
 	sources, err := readAptSources(filepath.Join(etc, "apt"))
 	if err != nil {

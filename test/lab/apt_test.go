@@ -62,7 +62,7 @@ func TestHostSourcesKeepTheMachinesMirrors(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
-			text, suite, err := hostSources(writeTree(t, tc.files))
+			text, suite, err := hostSources(writeTree(t, tc.files), "")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -85,7 +85,7 @@ func TestHostSourcesRefuseWhatCannotWork(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			if text, _, err := hostSources(writeTree(t, files)); err == nil {
+			if text, _, err := hostSources(writeTree(t, files), ""); err == nil {
 				t.Errorf("sources: %q", text)
 			}
 		})

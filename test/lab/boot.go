@@ -32,6 +32,10 @@ type bootOrder struct {
 	Remove []string          `json:"remove"` // paths removed from the host before each boot
 	// Devices are device nodes of the machine that the host gets too.
 	Devices []string `json:"devices"`
+	// Console is a terminal of the machine that is the host's /dev/console.
+	Console string `json:"console,omitempty"`
+	// Sys are files that /sys has beside the kernel's.
+	Sys map[string]string `json:"sys,omitempty"`
 }
 
 // Helper must be the first call in main of a program that opens a lab. In an
@@ -88,6 +92,14 @@ func bootHost(orderPath string) error {
 	}
 	if err := mountSystem(root, order.Devices); err != nil {
 		return err
+	}
+	if err := addToSys(root, order.Sys); err != nil {
+		return err
+	}
+	if order.Console != "" {
+		if err := mountConsole(root, order.Console); err != nil {
+			return err
+		}
 	}
 	if err := unix.Chdir(root); err != nil {
 		return fmt.Errorf("enter %s: %w", root, err)
@@ -276,6 +288,62 @@ func mountSystem(root string, devices []string) error {
 		return err
 	}
 	return makeDevices(root, devices)
+}
+
+// addToSys gives /sys further files, which sysfs itself can't have: a file system
+// in its place holds them beside what is sysfs's.
+func addToSys(root string, files map[string]string) error {
+	if len(files) == 0 {
+		return nil
+	}
+	whole, made := filepath.Join(root, "dev/.lab/sys"), filepath.Join(root, "dev/.lab/more-sys")
+	const guarded = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	if err := mountAt(made, "tmpfs", "tmpfs", guarded, "mode=0755,size=1m"); err != nil {
+		return err
+	}
+	entries, err := os.ReadDir(whole)
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		// Its mount stays read-only.
+		if err := bind(filepath.Join(whole, entry.Name()), filepath.Join(made, entry.Name()), 0); err != nil {
+			return err
+		}
+	}
+	for path, text := range files {
+		file := filepath.Join(made, path)
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(file, []byte(text), 0o444); err != nil {
+			return err
+		}
+	}
+	// systemd takes a /sys that can be written for one with devices to manage.
+	if err := unix.Mount("", made, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY|guarded, ""); err != nil {
+		return fmt.Errorf("guard %s: %w", made, err)
+	}
+	sys := filepath.Join(root, "sys")
+	if err := unix.Mount(filepath.Join(sys, "fs/cgroup"), filepath.Join(made, "fs/cgroup"), "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("move the control groups: %w", err)
+	}
+	if err := unix.Unmount(sys, 0); err != nil {
+		return fmt.Errorf("unmount %s: %w", sys, err)
+	}
+	if err := unix.Mount(made, sys, "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("put %s in its place: %w", sys, err)
+	}
+	return nil
+}
+
+// mountConsole makes a terminal the host's console.
+func mountConsole(root, terminal string) error {
+	console := filepath.Join(root, "dev/console")
+	if err := os.WriteFile(console, nil, 0o600); err != nil {
+		return err
+	}
+	return bind(terminal, console, 0)
 }
 
 // uuid4 returns a random UUID (RFC 9562, version 4).

@@ -48,6 +48,9 @@ type HostOptions struct {
 	Devices []string
 	// DiskMiB is the size of the host's disk, 8192 when zero.
 	DiskMiB int
+
+	// machine is set for what StartMachine starts.
+	machine *MachineOptions
 }
 
 // Host is a Debian host that runs, or ran, in a lab. Its methods can be called
@@ -59,7 +62,7 @@ type Host struct {
 	Addr netip.Addr
 	// SSHPort is the port of its sshd.
 	SSHPort int
-	// HostKey is its sshd's only host key.
+	// HostKey is its sshd's only host key, nil of a machine.
 	HostKey ssh.PublicKey
 	// UserKeyFile is the private key that opens root's account, in OpenSSH's
 	// format.
@@ -67,8 +70,9 @@ type Host struct {
 	// BootTime is how long the latest boot took until systemd said "running".
 	BootTime time.Duration
 
-	lab    *Lab
-	record hostRecord
+	lab       *Lab
+	record    hostRecord
+	connected func(context.Context, *Host) error // a machine's
 }
 
 // hostRecord is a host's host.json.
@@ -80,6 +84,8 @@ type hostRecord struct {
 	BootTime time.Duration `json:"boot_time"`
 	CutOff   bool          `json:"cut_off"`
 	Order    bootOrder     `json:"order"`
+	// Machine is set for machines only, which have no host key that we know.
+	Machine *machineRecord `json:"machine,omitempty"`
 }
 
 // StartHost adds a host to the lab and boots it. It returns when systemd says
@@ -121,9 +127,12 @@ func (l *Lab) Host(name string) (*Host, error) {
 
 // hostOf makes a Host of its record.
 func (l *Lab) hostOf(record hostRecord) (*Host, error) {
-	key, _, _, _, err := ssh.ParseAuthorizedKey([]byte(record.HostKey))
-	if err != nil {
-		return nil, fmt.Errorf("host key of %s: %w", record.Name, err)
+	var key ssh.PublicKey
+	if record.Machine == nil {
+		var err error
+		if key, _, _, _, err = ssh.ParseAuthorizedKey([]byte(record.HostKey)); err != nil {
+			return nil, fmt.Errorf("host key of %s: %w", record.Name, err)
+		}
 	}
 	return &Host{
 		Name: record.Name, Addr: hostAddr(record.Index), SSHPort: 22, HostKey: key,
@@ -169,9 +178,15 @@ func (l *Lab) addHost(ctx context.Context, root string, opts HostOptions) (*Host
 		return nil, err
 	}
 	record := hostRecord{Name: opts.Name, Index: index, HostKey: hostKey, Order: order}
+	if opts.machine != nil {
+		record.Machine = &machineRecord{Loopback: opts.machine.Loopback}
+	}
 	host, err := l.hostOf(record)
 	if err != nil {
 		return nil, err
+	}
+	if opts.machine != nil {
+		host.connected = opts.machine.Connected
 	}
 	dir := host.dir()
 	if err := os.MkdirAll(order.Mounts, 0o700); err != nil {
@@ -192,6 +207,10 @@ func (l *Lab) addHost(ctx context.Context, root string, opts HostOptions) (*Host
 
 // bootOrder decides all that a host boots with, and its host key.
 func (l *Lab) bootOrder(root string, opts HostOptions) (bootOrder, string, error) {
+	if opts.machine != nil {
+		order, err := l.machineOrder(root, opts)
+		return order, "", err
+	}
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		return bootOrder{}, "", err
@@ -209,21 +228,17 @@ func (l *Lab) bootOrder(root string, opts HostOptions) (bootOrder, string, error
 	if _, err := rand.Read(machineID); err != nil {
 		return bootOrder{}, "", err
 	}
-	order := bootOrder{
-		RootFS: root, Hostname: opts.Name, Devices: opts.Devices,
-		Disk:   filepath.Join(disksDir(l.name), opts.Name, "disk.img"),
-		Mounts: filepath.Join(l.Dir(), "hosts", opts.Name, "mounts"),
-		Netns:  netnsPath(l.name + "." + opts.Name),
-		Files: map[string]string{
-			"etc/hostname":                     opts.Name + "\n",
-			"etc/hosts":                        "127.0.0.1 localhost\n::1 localhost\n127.0.1.1 " + opts.Name + "\n",
-			"etc/machine-id":                   hex.EncodeToString(machineID) + "\n",
-			"etc/ssh/ssh_host_ed25519_key":     privateText,
-			"etc/ssh/ssh_host_ed25519_key.pub": publicText,
-			"etc/ssh/sshd_config.d/00-lab.conf": "HostKey /etc/ssh/ssh_host_ed25519_key\n" +
-				strings.Join(append(opts.SSHDConfig, ""), "\n"),
-			"root/.ssh/authorized_keys": string(ssh.MarshalAuthorizedKey(l.key.PublicKey())),
-		},
+	order := l.emptyOrder(root, opts.Name)
+	order.Devices = opts.Devices
+	order.Files = map[string]string{
+		"etc/hostname":                     opts.Name + "\n",
+		"etc/hosts":                        "127.0.0.1 localhost\n::1 localhost\n127.0.1.1 " + opts.Name + "\n",
+		"etc/machine-id":                   hex.EncodeToString(machineID) + "\n",
+		"etc/ssh/ssh_host_ed25519_key":     privateText,
+		"etc/ssh/ssh_host_ed25519_key.pub": publicText,
+		"etc/ssh/sshd_config.d/00-lab.conf": "HostKey /etc/ssh/ssh_host_ed25519_key\n" +
+			strings.Join(append(opts.SSHDConfig, ""), "\n"),
+		"root/.ssh/authorized_keys": string(ssh.MarshalAuthorizedKey(l.key.PublicKey())),
 	}
 	maps.Copy(order.Files, opts.Files)
 	if opts.NoPodman {
@@ -231,6 +246,16 @@ func (l *Lab) bootOrder(root string, opts HostOptions) (bootOrder, string, error
 			"usr/lib/systemd/system/podman.socket", "usr/lib/systemd/system/podman.service")
 	}
 	return order, publicText, nil
+}
+
+// emptyOrder is the order of a host of that name, so far without files.
+func (l *Lab) emptyOrder(root, name string) bootOrder {
+	return bootOrder{
+		RootFS: root, Hostname: name,
+		Disk:   filepath.Join(disksDir(l.name), name, "disk.img"),
+		Mounts: filepath.Join(l.Dir(), "hosts", name, "mounts"),
+		Netns:  netnsPath(l.name + "." + name),
+	}
 }
 
 // makeDisk makes a sparse ext4 image. No journal: a lab host's power cut keeps
@@ -269,7 +294,11 @@ func (h *Host) boot(ctx context.Context) error {
 	if err := waitLoopsFree(ctx, h.record.Order.Disk); err != nil {
 		return err
 	}
-	if err := addHostNetwork(ctx, h.lab.name, h.netns(), h.record.Index); err != nil {
+	network := addHostNetwork
+	if h.record.Machine != nil {
+		network = func(ctx context.Context, _, _ string, _ int) error { return h.connect(ctx) }
+	}
+	if err := network(ctx, h.lab.name, h.netns(), h.record.Index); err != nil {
 		return err
 	}
 	if err := h.startInit(ctx); err != nil {
@@ -278,6 +307,9 @@ func (h *Host) boot(ctx context.Context) error {
 	h.record.CutOff = false
 	if err := h.save(); err != nil {
 		return err
+	}
+	if h.record.Machine != nil {
+		return nil
 	}
 	if err := h.waitSSH(ctx); err != nil {
 		return err

@@ -76,25 +76,29 @@ func addLabNetwork(ctx context.Context, lab string) error {
 // The neighbour entries are permanent, so that a host that is cut off is silent
 // ("half-open") and not unreachable, as it would be behind a router.
 func addHostNetwork(ctx context.Context, lab, netns string, index int) error {
-	if err := run(ctx, "", "ip", "netns", "add", netns); err != nil {
-		return err
-	}
-	addr := hostAddr(index)
-	err := run(ctx, strings.Join([]string{
-		fmt.Sprintf("link add %s type veth peer name eth0 address %s netns %s", vethName(index), hostMAC(index), netns),
-		fmt.Sprintf("link set %s master %s up", vethName(index), bridgeName),
-		fmt.Sprintf("neigh replace %s lladdr %s dev %s nud permanent", addr, hostMAC(index), bridgeName),
-	}, "\n"), "ip", "-n", lab, "-batch", "-")
-	if err != nil {
+	if err := plugHost(ctx, lab, netns, index); err != nil {
 		return err
 	}
 	return run(ctx, strings.Join([]string{
 		"link set lo up",
-		fmt.Sprintf("address add %s/%d dev eth0", addr, labPrefix().Bits()),
+		fmt.Sprintf("address add %s/%d dev eth0", hostAddr(index), labPrefix().Bits()),
 		"link set eth0 up",
 		fmt.Sprintf("neigh replace %s lladdr %s dev eth0 nud permanent", labAddr(), bridgeMAC),
 		fmt.Sprintf("route add default via %s", labAddr()),
 	}, "\n"), "ip", "-n", netns, "-batch", "-")
+}
+
+// plugHost makes a host's namespace and the cable, with nothing set up at the
+// host's end.
+func plugHost(ctx context.Context, lab, netns string, index int) error {
+	if err := run(ctx, "", "ip", "netns", "add", netns); err != nil {
+		return err
+	}
+	return run(ctx, strings.Join([]string{
+		fmt.Sprintf("link add %s type veth peer name eth0 address %s netns %s", vethName(index), hostMAC(index), netns),
+		fmt.Sprintf("link set %s master %s up", vethName(index), bridgeName),
+		fmt.Sprintf("neigh replace %s lladdr %s dev %s nud permanent", hostAddr(index), hostMAC(index), bridgeName),
+	}, "\n"), "ip", "-n", lab, "-batch", "-")
 }
 
 // removeHostNetwork takes a host's cable and namespace away. What is gone

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -34,6 +35,16 @@ func packages() []string {
 		"systemd", "systemd-sysv", "dbus", "udev", "openssh-server", "openssh-sftp-server", "podman", "crun",
 		"netavark", "aardvark-dns", "nftables", "iproute2", "procps", "kmod", "ca-certificates", "libfaketime",
 		"busybox-static", "e2fsprogs",
+	}
+}
+
+// cloudPackages are what a machine with cloud-init has, beside the release's
+// essential packages: what the distribution's images for clouds have, too, of what
+// matters to user-data.
+func cloudPackages() []string {
+	return []string{
+		"systemd", "systemd-sysv", "dbus", "udev", "cloud-init", "python3", "openssh-server", "openssh-sftp-server",
+		"iproute2", "procps", "kmod", "ca-certificates", "e2fsprogs", "netbase",
 	}
 }
 
@@ -86,20 +97,61 @@ func CacheDir() string {
 	return defaultCache
 }
 
+// recipe says what a root file system is made of.
+type recipe struct {
+	title          string // for people
+	suite, sources string
+	packages       []string
+	masked         []string
+	enabled        []string // units that the packages leave off
+	size           string // for people
+}
+
 // RootFS returns the directory of the root file system that all lab hosts share
 // as their lower layer, and builds it first when the cache has none for this
 // recipe: about 70 seconds and 350 MB, announced on log before it starts.
 // Processes that ask at the same time build it once; the others wait. A build
 // that is broken off leaves nothing that a later call would take for finished.
 func RootFS(ctx context.Context, log io.Writer) (string, error) {
-	sources, suite, err := hostSources("/etc")
+	sources, suite, err := hostSources("/etc", "")
 	if err != nil {
 		return "", err
 	}
-	recipe := sha256.New()
-	fmt.Fprintf(recipe, "%s\n%s\n%s\n%s\n%q\n%q\n%q\n", recipeVersion, runtime.GOARCH, suite, sources,
-		packages(), excludedPaths(), maskedUnits())
-	dir := filepath.Join(CacheDir(), hex.EncodeToString(recipe.Sum(nil))[:16])
+	return rootFS(ctx, log, recipe{
+		title: "the lab hosts' root file system", size: "350 MB",
+		suite: suite, sources: sources, packages: packages(), masked: maskedUnits(),
+	})
+}
+
+// CloudRootFS is RootFS for machines that boot as a cloud's instances do
+// ([Lab.StartMachine]): the release's own cloud-init, systemd-networkd and sshd,
+// and no podman. suite is a release of the machine's distribution, such as
+// "bookworm"; empty means that of the lab's hosts.
+func CloudRootFS(ctx context.Context, log io.Writer, suite string) (string, error) {
+	sources, suite, err := hostSources("/etc", suite)
+	if err != nil {
+		return "", err
+	}
+	return rootFS(ctx, log, recipe{
+		title: "a root file system with cloud-init", size: "300 MB",
+		suite: suite, sources: sources, packages: cloudPackages(),
+		masked: slices.DeleteFunc(maskedUnits(), func(unit string) bool {
+			// It sets up the network that cloud-init tells it.
+			return strings.HasPrefix(unit, "systemd-networkd.")
+		}),
+		enabled: []string{"systemd-networkd.service"},
+	})
+}
+
+// rootFS returns the directory of a root file system of this recipe.
+func rootFS(ctx context.Context, log io.Writer, made recipe) (string, error) {
+	hash := sha256.New()
+	fmt.Fprintf(hash, "%s\n%s\n%s\n%s\n%q\n%q\n%q\n", recipeVersion, runtime.GOARCH, made.suite, made.sources,
+		made.packages, excludedPaths(), made.masked)
+	if len(made.enabled) > 0 {
+		fmt.Fprintf(hash, "%q\n", made.enabled)
+	}
+	dir := filepath.Join(CacheDir(), hex.EncodeToString(hash.Sum(nil))[:16])
 	root := filepath.Join(dir, "root")
 	if _, err := os.Stat(root); err == nil {
 		return root, nil
@@ -115,14 +167,14 @@ func RootFS(ctx context.Context, log io.Writer) (string, error) {
 	if _, err := os.Stat(root); err == nil {
 		return root, nil
 	}
-	if err := buildRootFS(ctx, log, dir, suite, sources); err != nil {
-		return "", fmt.Errorf("build the lab hosts' root file system: %w", err)
+	if err := buildRootFS(ctx, log, dir, made); err != nil {
+		return "", fmt.Errorf("build %s: %w", made.title, err)
 	}
 	return root, nil
 }
 
 // buildRootFS builds into a temporary directory and renames it to dir.
-func buildRootFS(ctx context.Context, log io.Writer, dir, suite, sources string) (err error) {
+func buildRootFS(ctx context.Context, log io.Writer, dir string, made recipe) (err error) {
 	mmdebstrap, err := need("mmdebstrap")
 	if err != nil {
 		return err
@@ -131,9 +183,9 @@ func buildRootFS(ctx context.Context, log io.Writer, dir, suite, sources string)
 		return errors.New("it takes root")
 	}
 	start := time.Now()
-	fmt.Fprintf(log, "lab: building the lab hosts' root file system (%s, %d packages and what they need) with mmdebstrap\n"+
-		"lab: from this machine's own apt sources, into %s: 350 MB, once, in one to three minutes\n",
-		suite, len(packages()), dir)
+	fmt.Fprintf(log, "lab: building %s (%s, %d packages and what they need) with mmdebstrap\n"+
+		"lab: from this machine's own apt sources, into %s: %s, once, in one to three minutes\n",
+		made.title, made.suite, len(made.packages), dir, made.size)
 	// What earlier builds left when they were broken off. We hold the lock.
 	stale, err := filepath.Glob(dir + ".tmp-*")
 	if err != nil {
@@ -154,11 +206,11 @@ func buildRootFS(ctx context.Context, log io.Writer, dir, suite, sources string)
 		}
 	}()
 	sourcesFile := filepath.Join(tmp, "lab.sources")
-	if err := os.WriteFile(sourcesFile, []byte(sources), 0o644); err != nil {
+	if err := os.WriteFile(sourcesFile, []byte(made.sources), 0o644); err != nil {
 		return err
 	}
 	args := []string{
-		"--mode=root", "--variant=minbase", "--include=" + strings.Join(packages(), ","),
+		"--mode=root", "--variant=minbase", "--include=" + strings.Join(made.packages, ","),
 		"--aptopt=APT::Install-Recommends \"false\"",
 	}
 	proxies, err := aptTransport(ctx)
@@ -171,8 +223,11 @@ func buildRootFS(ctx context.Context, log io.Writer, dir, suite, sources string)
 	for _, path := range excludedPaths() {
 		args = append(args, "--dpkgopt=path-exclude="+path)
 	}
+	for _, unit := range made.enabled {
+		args = append(args, `--customize-hook=chroot "$1" systemctl enable `+unit)
+	}
 	root := filepath.Join(tmp, "root")
-	args = append(args, suite, root, sourcesFile)
+	args = append(args, made.suite, root, sourcesFile)
 	var output strings.Builder
 	cmd := exec.CommandContext(ctx, mmdebstrap, args...)
 	cmd.Stdout, cmd.Stderr = &output, &output
@@ -182,7 +237,7 @@ func buildRootFS(ctx context.Context, log io.Writer, dir, suite, sources string)
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("mmdebstrap: %w\n%s", err, lastLines(output.String(), 25))
 	}
-	if err := finishRootFS(root); err != nil {
+	if err := finishRootFS(root, made.masked); err != nil {
 		return err
 	}
 	// mmdebstrap makes its temporary directory private; hosts' services that
@@ -199,7 +254,7 @@ func buildRootFS(ctx context.Context, log io.Writer, dir, suite, sources string)
 
 // finishRootFS makes a root file system that no host has booted from yet:
 // without identity, and without the units that must not run in a namespace.
-func finishRootFS(root string) error {
+func finishRootFS(root string, masked []string) error {
 	keys, err := filepath.Glob(filepath.Join(root, "etc/ssh/ssh_host_*"))
 	if err != nil {
 		return err
@@ -209,7 +264,7 @@ func finishRootFS(root string) error {
 			return err
 		}
 	}
-	for _, unit := range maskedUnits() {
+	for _, unit := range masked {
 		link := filepath.Join(root, "etc/systemd/system", unit)
 		if err := os.RemoveAll(link); err != nil {
 			return err

@@ -30,12 +30,19 @@ type MainOption func(*mainOptions)
 type mainOptions struct {
 	goroutines bool
 	leaks      []goleak.Option
+	suites     []string
 }
 
 // CheckGoroutines makes Main fail when a goroutine outlives the tests. The
 // options are goleak's, for goroutines that may.
 func CheckGoroutines(options ...goleak.Option) MainOption {
 	return func(o *mainOptions) { o.goroutines, o.leaks = true, options }
+}
+
+// CloudMachines makes Main build what [CloudRootFS] returns for these suites. In the
+// lab's network, where the tests are, no archive can be reached.
+func CloudMachines(suites ...string) MainOption {
+	return func(o *mainOptions) { o.suites = append(o.suites, suites...) }
 }
 
 // Main is TestMain of a package whose tests need lab hosts:
@@ -58,7 +65,7 @@ func Main(m *testing.M, options ...MainOption) {
 	if os.Getenv(labEnv) != "" {
 		os.Exit(runTests(m, opts))
 	}
-	code, err := superviseTests()
+	code, err := superviseTests(opts)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "lab:", err)
 		code = max(code, 1)
@@ -80,8 +87,13 @@ func runTests(m *testing.M, opts mainOptions) int {
 }
 
 // superviseTests opens a lab, runs this program again inside it and cleans up.
-func superviseTests() (code int, err error) {
+func superviseTests(opts mainOptions) (code int, err error) {
 	ctx := context.Background()
+	for _, suite := range opts.suites {
+		if _, err := CloudRootFS(ctx, os.Stderr, suite); err != nil {
+			return 1, err
+		}
+	}
 	// Interrupts reach the tests too, which are in our process group; we stay
 	// to clean up.
 	interrupts := make(chan os.Signal, 1)

@@ -262,9 +262,17 @@ func printHosts(ctx context.Context, l *lab.Lab, w io.Writer) error {
 	table := tabwriter.NewWriter(w, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(table, "HOST\tADDRESS\tSSH\tHOST KEY\tSTATE")
 	for _, h := range hosts {
-		fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\n", h.Name, h.Addr, h.SSHPort, ssh.FingerprintSHA256(h.HostKey), state(ctx, h))
+		fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\n", h.Name, h.Addr, h.SSHPort, fingerprint(h), state(ctx, h))
 	}
 	return table.Flush()
+}
+
+// fingerprint of a host's key. Machines make theirs themselves.
+func fingerprint(h *lab.Host) string {
+	if h.HostKey == nil {
+		return "-"
+	}
+	return ssh.FingerprintSHA256(h.HostKey)
 }
 
 // state describes a host in a word or two.
