@@ -143,6 +143,7 @@ build: ## Build the static binaries into bin
 	$(call go_build,services/router,router,.)
 	$(call go_build,services/router,bridgectl,./cmd/bridgectl)
 	$(call go_build,services/baremetal-worker,baremetal-worker,.)
+	$(call go_build,services/aws-worker,aws-worker,.)
 	$(call go_build,test,lab,./lab/cmd/lab)
 	$(call go_build,test,demo,./demo)
 
