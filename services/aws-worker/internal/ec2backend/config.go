@@ -81,6 +81,10 @@ type Config struct {
 	// beyond the grant's storage.
 	ExtraDiskGiB int64 `toml:"extra_disk_gib"`
 
+	// APILimits replace the documented limits of AWS's APIs, to which the worker
+	// keeps by itself: for an account that has higher ones, or that shares them.
+	APILimits []APILimitConfig `toml:"api_limit"`
+
 	// Prices come before the prices that the worker has built in.
 	Prices []PriceConfig `toml:"price"`
 }
@@ -100,9 +104,9 @@ type RegionConfig struct {
 	// PublicAddress gives instances a public address; receipts then name it.
 	// Without one they name the private address. Default: true.
 	PublicAddress *bool `toml:"public_address"`
-	// AllowlistEgress are the prefixes that an instance of a grant with a list
-	// of allowed destinations reaches besides: it has to fetch the guest and its
-	// image. Without them such grants are refused.
+	// AllowlistEgress are the networks, or the ids of prefix lists, that an
+	// instance of a grant with a list of allowed destinations reaches besides: it
+	// has to fetch the guest and its image. Without them such grants are refused.
 	AllowlistEgress []string `toml:"allowlist_egress"`
 	// Architectures that may be used, "amd64" and "arm64". Default: amd64 alone,
 	// which is what most grants' images are made for.
@@ -168,6 +172,17 @@ type PriceConfig struct {
 	USDPerHour float64 `toml:"usd_per_hour"`
 }
 
+// APILimitConfig is how often the worker may call an action, in each region.
+type APILimitConfig struct {
+	// Action is the API's name ("RunInstances"), or "*" for all that have no
+	// section of their own.
+	Action string `toml:"action"`
+	// Burst is how many calls may be made at once.
+	Burst int64 `toml:"burst"`
+	// PerSecond is how many more may be made each second.
+	PerSecond float64 `toml:"per_second"`
+}
+
 // Values of Config.Market and Config.Deadline; the other is deadlinePlatform.
 const (
 	marketOnDemand = "on-demand"
@@ -196,6 +211,7 @@ const (
 	defaultExtraDiskGiB    = 8
 	defaultMaxImageMiB     = 64 << 10
 	defaultURLLifetime     = time.Hour
+	maxRate                = 1_000_000 // as good as no limit
 	minURLLifetime         = time.Minute
 	// maxURLLifetime is the longest that Signature Version 4 allows.
 	// https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-presigned-url.html
@@ -212,9 +228,11 @@ var volumeTypes = []string{"gp2", "gp3", "standard"}
 var (
 	familyName   = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
 	typeName     = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}\.[a-z0-9-]{1,31}$`)
+	actionName   = regexp.MustCompile(`^[A-Z][A-Za-z0-9]{1,63}$`)
 	zoneName     = regexp.MustCompile(`^[a-z0-9-]{1,64}$`)
 	subnetID     = regexp.MustCompile(`^subnet-[0-9a-f]{8,17}$`)
 	vpcID        = regexp.MustCompile(`^vpc-[0-9a-f]{8,17}$`)
+	prefixList   = regexp.MustCompile(`^pl-[0-9a-f]{8,17}$`)
 	imageID      = regexp.MustCompile(`^ami-[0-9a-f]{8,17}$`)
 	imageOwner   = regexp.MustCompile(`^([0-9]{12}|self|amazon|aws-marketplace)$`)
 	roleARN      = regexp.MustCompile(`^arn:[a-z-]+:iam::[0-9]{12}:role/[\w+=,.@/-]{1,576}$`)
@@ -328,6 +346,17 @@ func (c Config) Validate() error {
 	}
 	c.Guest.validate(&p, architectures)
 	c.ImageStore.validate(&p)
+	for i, limit := range c.APILimits {
+		if limit.Action != anyAction && !actionName.MatchString(limit.Action) {
+			p.Add(config.Key("backend", "api_limit", i, "action"), "%q: want an action such as \"RunInstances\", or \"*\"", limit.Action)
+		}
+		if limit.Burst < 1 || limit.Burst > maxRate {
+			p.Add(config.Key("backend", "api_limit", i, "burst"), "%d is not between 1 and %d", limit.Burst, maxRate)
+		}
+		if !(limit.PerSecond > 0 && limit.PerSecond <= maxRate) {
+			p.Add(config.Key("backend", "api_limit", i, "per_second"), "%v is not above 0 and at most %d", limit.PerSecond, maxRate)
+		}
+	}
 	for i, price := range c.Prices {
 		if !typeName.MatchString(price.Type) {
 			p.Add(config.Key("backend", "price", i, "type"), "%q is no instance type such as \"m7i.large\"", price.Type)
@@ -368,8 +397,8 @@ func (r RegionConfig) validate(p *config.Problems, i int) {
 		add("vpc", "%q is no id of a VPC", r.VPC)
 	}
 	for j, prefix := range r.AllowlistEgress {
-		if q, err := netip.ParsePrefix(prefix); err != nil || q != q.Masked() {
-			p.Add(config.Key("backend", "region", i, "allowlist_egress", j), "%q is no network such as \"10.0.0.0/8\"", prefix)
+		if q, err := netip.ParsePrefix(prefix); (err != nil || q != q.Masked()) && !prefixList.MatchString(prefix) {
+			p.Add(config.Key("backend", "region", i, "allowlist_egress", j), "%q is no network such as \"10.0.0.0/8\" and no id of a prefix list", prefix)
 		}
 	}
 	for j, a := range r.Architectures {
