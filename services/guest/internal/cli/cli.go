@@ -44,6 +44,13 @@ In the container:
   guest serve -config FILE        run the workload and the SSH server
   guest sftp-server               serve SFTP on standard input and output (internal)
 
+In a virtual machine that is one grant's instance, see pkg/userdata:
+  guest machine prepare           fetch, check and unpack the image, and furnish its root directory
+  guest machine run               as the workload's unit, inside the root directory: like serve
+  guest machine ready             print on the console that SSH is open; for ExecStartPost
+  guest machine end               print on the console how the workload ended, and power off if that is to be;
+                                  for ExecStopPost
+
 On the host:
   guest digest -algorithm sha256|blake3 FILE
                                   print algorithm, hex digest and size as JSON
@@ -85,6 +92,8 @@ func Run(ctx context.Context, args []string, std Streams) int {
 		return runSpool(ctx, args[1:], std, logger)
 	case "lease":
 		return runLease(ctx, args[1:], std, logger)
+	case "machine":
+		return runMachine(ctx, args[1:], std, logger)
 	case "version":
 		_, _ = fmt.Fprintln(std.Stdout, version())
 		return exitOK
@@ -134,12 +143,17 @@ func runServe(ctx context.Context, args []string, std Streams, logger *slog.Logg
 	if code, ok := parse(flags, args, std, 0); !ok {
 		return code
 	}
+	return serve(ctx, *path, os.Environ(), nil, std, logger)
+}
+
+// serve is package instance in this process.
+func serve(ctx context.Context, path string, environ []string, ready func(), std Streams, logger *slog.Logger) int {
 	defer ignoreBrokenPipes()()
 	signals := make(chan os.Signal, 16)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP, syscall.SIGQUIT, syscall.SIGUSR1,
 		syscall.SIGUSR2)
 	defer signal.Stop(signals)
-	config, err := readConfig(*path)
+	config, err := readConfig(path)
 	if err != nil {
 		logger.Error("The configuration is refused", "error", err)
 		return guestapi.ExitInvalidConfig
@@ -147,12 +161,13 @@ func runServe(ctx context.Context, args []string, std Streams, logger *slog.Logg
 	syscall.Umask(0o022)
 	return instance.Run(ctx, instance.Params{
 		Config:      config,
-		Environ:     os.Environ(),
+		Environ:     environ,
 		Signals:     signals,
 		Accounts:    account.Open("/"),
 		SFTPCommand: []string{self, "sftp-server"},
 		Stdout:      std.Stdout,
 		Stderr:      std.Stderr,
+		Ready:       ready,
 		Logger:      logger,
 	})
 }

@@ -40,6 +40,8 @@ type Params struct {
 	SFTPCommand []string
 	// Stdout and Stderr become the workload's.
 	Stdout, Stderr *os.File
+	// Ready is called once, when the workload runs and SSH is open. Optional.
+	Ready func()
 	// Logger writes to the console.
 	Logger *slog.Logger
 }
@@ -96,6 +98,9 @@ func Run(ctx context.Context, p Params) int {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(ctx, listener) }()
 	p.Logger.Info("SSH is open", "port", p.Config.ListenPort, "user", p.Config.User)
+	if p.Ready != nil {
+		p.Ready()
+	}
 
 	code := supervise(p, work, served)
 	cancel()

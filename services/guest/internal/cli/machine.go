@@ -1,0 +1,75 @@
+package cli
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+
+	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
+	"github.com/compute-bridge/compute-bridge/services/guest/internal/account"
+	"github.com/compute-bridge/compute-bridge/services/guest/internal/execpath"
+	"github.com/compute-bridge/compute-bridge/services/guest/internal/machine"
+)
+
+// notifyVariable is where systemd wants to hear that a service is ready, sd_notify(3).
+const notifyVariable = "NOTIFY_SOCKET"
+
+// runMachine runs one of the commands of a virtual machine's units.
+func runMachine(ctx context.Context, args []string, std Streams, logger *slog.Logger) int {
+	if len(args) == 0 {
+		_, _ = fmt.Fprintf(std.Stderr, "guest machine: prepare, run, ready or end?\n\n%s", usage)
+		return exitUsage
+	}
+	flags := flag.NewFlagSet("machine "+args[0], flag.ContinueOnError)
+	if code, ok := parse(flags, args[1:], std, 0); !ok {
+		return code
+	}
+	this := machine.New(machine.SystemDirs(), logger)
+	var err error
+	switch args[0] {
+	case "prepare":
+		err = this.Prepare(ctx)
+	case "run":
+		return runInMachine(ctx, std, logger)
+	case "ready":
+		err = this.Ready()
+	case "end":
+		err = this.End(ctx, machine.Result{
+			Result: os.Getenv("SERVICE_RESULT"), Code: os.Getenv("EXIT_CODE"), Status: os.Getenv("EXIT_STATUS"),
+		})
+	default:
+		_, _ = fmt.Fprintf(std.Stderr, "guest: unknown command %q\n\n%s", "machine "+args[0], usage)
+		return exitUsage
+	}
+	if err != nil {
+		logger.Error("The machine's "+args[0]+" failed", "reason", err)
+		return exitFailed
+	}
+	return exitOK
+}
+
+// runInMachine is the workload's unit. There is no PID 1 to be: systemd reaps orphans. What systemd has put into the
+// environment stays here; the workload gets what a container engine gives.
+func runInMachine(ctx context.Context, std Streams, logger *slog.Logger) int {
+	environ := []string{"PATH=" + execpath.DefaultPath, "HOME=" + account.Open("/").Login(account.RootName).Home}
+	if hostname, err := os.Hostname(); err == nil {
+		environ = append(environ, "HOSTNAME="+hostname)
+	}
+	socket := os.Getenv(notifyVariable)
+	os.Clearenv()
+	if socket != "" {
+		if err := os.Setenv(notifyVariable, socket); err != nil {
+			logger.Error("The guest cannot start", "error", err)
+			return guestapi.ExitGuestFailed
+		}
+	}
+	return serve(ctx, guestapi.ContainerConfigPath, environ, func() {
+		if _, err := daemon.SdNotify(true, daemon.SdNotifyReady); err != nil {
+			logger.Warn("The system could not be told that SSH is open", "reason", err)
+		}
+	}, std, logger)
+}
