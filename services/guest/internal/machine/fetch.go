@@ -181,7 +181,9 @@ func (w *watchedReader) Read(p []byte) (int, error) {
 	return w.r.Read(p)
 }
 
-func status(code int) string { return strings.TrimSpace(fmt.Sprintf("%d %s", code, http.StatusText(code))) }
+func status(code int) string {
+	return strings.TrimSpace(fmt.Sprintf("%d %s", code, http.StatusText(code)))
+}
 
 // withoutURL is the cause of a request's error: net/http quotes the whole URL.
 func withoutURL(err error) error {

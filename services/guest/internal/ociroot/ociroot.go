@@ -1,5 +1,5 @@
 // Package ociroot makes a root file system of an OCI archive, for a machine that has no container engine. Reading the
-// archive is go-containerregistry's work, applying its layers containerd's: whiteouts, opaque directories, hard links,
+// archive is go-containerregistry's work, applying its layers Docker's: whiteouts, opaque directories, hard links,
 // extended attributes, devices, and names that would lead out of the root.
 package ociroot
 
@@ -19,10 +19,10 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/containerd/containerd/v2/pkg/archive"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/moby/go-archive"
 )
 
 // Limits of an archive.
@@ -268,7 +268,7 @@ func apply(ctx context.Context, layer v1.Layer, root string) (err error) {
 	defer func() { err = errors.Join(err, stream.Close()) }()
 	hash := sha256.New()
 	tee := io.TeeReader(stream, hash)
-	if _, err := archive.Apply(ctx, root, tee, archive.WithFilter(keep)); err != nil {
+	if _, err := archive.UnpackLayer(root, contextReader{ctx, tee}, &archive.TarOptions{}); err != nil {
 		return &applyError{root: root, err: err}
 	}
 	// The end of a tar archive is before the end of its padding.
@@ -281,10 +281,18 @@ func apply(ctx context.Context, layer v1.Layer, root string) (err error) {
 	return nil
 }
 
-// keep leaves out what belongs to the guest: an image can't put anything in its place.
-func keep(header *tar.Header) (bool, error) {
-	name := path.Clean("/" + header.Name)
-	return name != "/.compute-bridge" && !strings.HasPrefix(name, "/.compute-bridge/"), nil
+// contextReader ends with its context.
+type contextReader struct {
+	ctx context.Context //nolint:containedctx // It belongs to one call of apply.
+	r   io.Reader
+}
+
+// Read implements io.Reader.
+func (c contextReader) Read(p []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return c.r.Read(p)
 }
 
 // applyError leaves out where the root is, which is no help to whoever made the image.
