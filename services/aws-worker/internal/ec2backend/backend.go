@@ -51,7 +51,6 @@ type Backend struct {
 	groups    groups
 	regions   []*region // in the operator's order
 	byName    map[backend.Region]*region
-	opened    time.Time
 
 	life   context.Context //nolint:containedctx // the process's, not a call's
 	cancel context.CancelFunc
@@ -60,7 +59,8 @@ type Backend struct {
 	mu sync.Mutex // protects what follows
 	// held are the attempts that take room, and in which region.
 	held map[identity]backend.Region
-	// sent is when a create call of an attempt was last sent by this process.
+	// sent is when a create call of an attempt was last sent, as far as this
+	// process can tell.
 	sent map[identity]time.Time
 }
 
@@ -84,7 +84,7 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 	}
 	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	b := &Backend{
-		config: c, env: env, log: env.Log, clients: clients, opened: time.Now(), life: life, cancel: cancel,
+		config: c, env: env, log: env.Log, clients: clients, life: life, cancel: cancel,
 		byName: map[backend.Region]*region{}, held: map[identity]backend.Region{}, sent: map[identity]time.Time{},
 	}
 	b.catalogue = newCatalogue(c, clients)
@@ -279,11 +279,20 @@ func (b *Backend) active(name backend.Region) int64 {
 	return b.activeLocked(name)
 }
 
+// activeLocked counts what is held, and what was last seen to live beside it, as
+// when the ledger is an older copy.
 func (b *Backend) activeLocked(name backend.Region) int64 {
 	var n int64
 	for _, r := range b.held {
 		if r == name {
 			n++
+		}
+	}
+	for _, list := range b.byName[name].instances.peek() {
+		for _, i := range list {
+			if _, held := b.held[i.identity]; !held && !i.terminated() {
+				n++
+			}
 		}
 	}
 	return n
@@ -320,16 +329,23 @@ func (b *Backend) sending(id identity) {
 	b.sent[id] = time.Now()
 }
 
-// settled is from when on EC2 shows an attempt if there is one. Of what an
-// earlier process sent nothing is known but that it was before this one opened.
+// settled is from when on EC2 shows an attempt if there is one. Of what another
+// process sent nothing is known but that it was before it was first looked for.
 func (b *Backend) settled(id identity) time.Time {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	at, ok := b.sent[id]
-	if !ok {
-		at = b.opened
+	if b.sent[id].IsZero() {
+		b.sent[id] = time.Now()
 	}
-	return at.Add(b.config.VisibilityDelay.Duration)
+	return b.sent[id].Add(b.config.VisibilityDelay.Duration)
+}
+
+// forgetSent is for a create call that EC2 refused: as far as this process has
+// sent it, there is nothing that could become visible.
+func (b *Backend) forgetSent(id identity) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.sent[id] = time.Now().Add(-b.config.VisibilityDelay.Duration)
 }
 
 // contentOf hashes what makes two grants of one id the same to a requester.

@@ -44,7 +44,7 @@ func newShared[T any](life context.Context, gap time.Duration, read func(context
 
 // now returns what a read finds that begins after this call did.
 func (s *shared[T]) now(ctx context.Context) (result[T], error) {
-	return s.next(ctx, time.Now(), 0)
+	return s.next(ctx, time.Now().Add(-1), 0)
 }
 
 // next returns the first result that was asked for after seen. It waits for
@@ -76,6 +76,13 @@ func (s *shared[T]) next(ctx context.Context, seen time.Time, interval time.Dura
 		}
 		timer.Stop()
 	}
+}
+
+// peek returns what was last read, however old.
+func (s *shared[T]) peek() T {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last.value
 }
 
 // begin starts a read unless one runs already; that one may have begun too early

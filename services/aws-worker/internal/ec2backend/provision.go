@@ -92,6 +92,10 @@ func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Rea
 	var last error
 	for range maxOffers {
 		a, err := b.begin(ctx, order)
+		if err != nil && a != nil && ctx.Err() != nil {
+			// Its caller has gone before it was even found.
+			return worker.Ready{}, b.giveUp(ctx, a, err)
+		}
 		if err != nil {
 			if last != nil && backenderr.CreatedOf(err) == backenderr.CreatedNone && backenderr.Is(err, backenderr.CapacityExhausted) {
 				return worker.Ready{}, last // which says what EC2 said
@@ -125,7 +129,8 @@ func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Rea
 // none states that nothing exists.
 func none(err error) error { return backenderr.From(err).Clone().WithCreated(backenderr.CreatedNone) }
 
-// begin returns the grant's open attempt, or a new one.
+// begin returns the grant's open attempt, or a new one. With an error it returns
+// the open attempt if there is one.
 func (b *Backend) begin(ctx context.Context, order worker.Order) (*attempt, error) {
 	attempts, err := b.env.Journal.Attempts(ctx, order.Grant.ID)
 	if err != nil {
@@ -153,7 +158,10 @@ func (b *Backend) begin(ctx context.Context, order worker.Order) (*attempt, erro
 		if err == nil {
 			return a, nil
 		}
-		if ctx.Err() != nil || !passes(err) {
+		switch {
+		case a != nil:
+			return a, err // another process has begun it
+		case ctx.Err() != nil || !passes(err):
 			return nil, none(err)
 		}
 		reasons = append(reasons, err)
@@ -181,7 +189,8 @@ func worst(reasons []error) error {
 	return reasons[0]
 }
 
-// resume returns an attempt that was begun before, perhaps by another process.
+// resume returns an attempt that was begun before, perhaps by another process;
+// with an error, too, if EC2 can't be asked for it.
 func (b *Backend) resume(ctx context.Context, recorded worker.Attempt) (*attempt, error) {
 	a := &attempt{identity: identity{recorded.GrantID, recorded.Number}}
 	if err := json.Unmarshal(recorded.Params, &a.params); err != nil {
@@ -197,7 +206,7 @@ func (b *Backend) resume(ctx context.Context, recorded worker.Attempt) (*attempt
 	b.mu.Unlock()
 	all, err := a.region.instances.now(ctx)
 	if err != nil {
-		return nil, classify(err, "look for the instance")
+		return a, classify(err, "look for the instance")
 	}
 	if i, ok := all.value.of(a.identity); ok {
 		a.found = &i
@@ -256,7 +265,8 @@ func (b *Backend) record(ctx context.Context, order worker.Order, r *region, fou
 	}
 }
 
-// beginIn begins a new attempt in a region. When it fails, nothing exists.
+// beginIn begins a new attempt in a region. When it fails without returning an
+// attempt, nothing exists.
 func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, number uint32) (*attempt, error) {
 	id := identity{order.Grant.ID, number}
 	if err := b.reserve(id, r.name); err != nil {
@@ -278,10 +288,15 @@ func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, nu
 		b.release(id)
 		return nil, err
 	}
-	if !begun.New {
+	if !begun.New || begun.Number != number {
 		b.release(id)
+	}
+	if !begun.New {
 		return b.resume(ctx, begun)
 	}
+	b.mu.Lock()
+	b.held[identity{begun.GrantID, begun.Number}] = r.name
+	b.mu.Unlock()
 	return &attempt{identity: identity{begun.GrantID, begun.Number}, region: r, params: p, fresh: true}, nil
 }
 
@@ -449,7 +464,8 @@ func (b *Backend) create(ctx context.Context, a *attempt, machine guestapi.Machi
 		return b.findMade(ctx, a)
 	case code == codeGroupGone:
 		b.groups.forget()
-		return instance{}, classify(err, "create the instance")
+		b.forgetSent(a.identity)
+		return instance{}, errOver // the next attempt makes it again
 	case err != nil:
 		if refused(err) {
 			// EC2's own word that there is nothing, unless an earlier send made it.
@@ -466,14 +482,6 @@ func (b *Backend) create(ctx context.Context, a *attempt, machine guestapi.Machi
 	}
 	b.log.InfoContext(ctx, "Created instance", "grant_id", a.grant.String(), "attempt", a.attempt, "instance_id", made.id, "zone", a.params.Zone, "type", a.params.Type)
 	return made, nil
-}
-
-// forgetSent is for a create call that EC2 refused: there is nothing to become
-// visible, as far as this process has sent it.
-func (b *Backend) forgetSent(id identity) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.sent[id] = b.opened
 }
 
 // findMade waits until EC2 shows the attempt's instance.

@@ -46,6 +46,9 @@ func (b *Backend) arm(ctx context.Context, r *region, id identity, instanceID st
 	if _, exists := errors.AsType[*types.ConflictException](err); exists || err == nil {
 		return nil
 	}
+	if _, missing := errors.AsType[*types.ResourceNotFoundException](err); missing {
+		return backenderr.Wrap(backenderr.HostUnfit, err, "schedule group %q", b.config.ScheduleGroup)
+	}
 	return classify(err, "schedule the end of the instance")
 }
 
