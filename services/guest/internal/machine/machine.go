@@ -310,7 +310,7 @@ func (m *Machine) furnish() error {
 		name string
 		mode os.FileMode
 	}{{"proc", 0o555}, {"sys", 0o555}, {"dev", 0o755}, {"run", 0o755}, {"etc", 0o755}, {"tmp", 0o777 | os.ModeSticky}} {
-		err := root.Mkdir(dir.name, dir.mode)
+		err := root.Mkdir(dir.name, dir.mode.Perm()) // It refuses the sticky bit.
 		if err == nil {
 			err = root.Chmod(dir.name, dir.mode)
 		}
