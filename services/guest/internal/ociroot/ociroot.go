@@ -80,8 +80,12 @@ func Unpack(ctx context.Context, file, scratch, root, architecture string) (Conf
 	if err != nil {
 		return Config{}, invalid(fmt.Errorf("read the image's layers: %w", err))
 	}
+	diffIDs := configFile.RootFS.DiffIDs
+	if len(diffIDs) != len(layers) {
+		return Config{}, invalid(fmt.Errorf("the image has %d layers, its configuration names %d", len(layers), len(diffIDs)))
+	}
 	for i, layer := range layers {
-		if err := apply(ctx, layer, root); err != nil {
+		if err := apply(ctx, layer, diffIDs[i], root); err != nil {
 			if ctx.Err() != nil {
 				return Config{}, ctx.Err()
 			}
@@ -253,11 +257,7 @@ func checkSize(dir string, digest v1.Hash) error {
 }
 
 // apply unpacks one layer over the root and checks that it was the one that the image's configuration names.
-func apply(ctx context.Context, layer v1.Layer, root string) (err error) {
-	want, err := layer.DiffID()
-	if err != nil {
-		return err
-	}
+func apply(ctx context.Context, layer v1.Layer, want v1.Hash, root string) (err error) {
 	if want.Algorithm != "sha256" {
 		return fmt.Errorf("diff id %.100q", want.String())
 	}
