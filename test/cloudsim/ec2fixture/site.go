@@ -10,6 +10,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -248,7 +249,22 @@ func (s *Site) leftovers(context.Context) ([]backendtest.Leftover, error) {
 	for _, n := range s.Cloud.NetworkInterfaces() {
 		add("interface", n.ID, "", n.Tags)
 	}
+	for _, c := range s.Cloud.Schedules() {
+		add("schedule", c.Name, c.State, map[string]string{ec2tags.Grant: grantOf(c.Name)})
+	}
 	return out, errors.Join(errs...)
+}
+
+// grantOf reads the grant in a schedule's name, which ends with its id in base64
+// and the attempt: schedules have no tags.
+func grantOf(name string) string {
+	name, _, _ = strings.Cut(name, ".")
+	digits := base64.RawURLEncoding.EncodedLen(len(backend.GrantID{}))
+	id, err := base64.RawURLEncoding.DecodeString(name[max(0, len(name)-digits):])
+	if err != nil {
+		return ""
+	}
+	return hex.EncodeToString(id)
 }
 
 // history counts the instances that there ever were of a grant.

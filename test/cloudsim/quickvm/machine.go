@@ -144,7 +144,12 @@ func (m *Machine) life(ctx context.Context) (again bool) {
 	m.mu.Lock()
 	m.grant = told.machine.GrantID
 	m.mu.Unlock()
-	deadline := time.NewTimer(time.Until(told.machine.Deadline))
+	due := make(chan struct{})
+	deadline := time.AfterFunc(time.Until(told.machine.Deadline), func() {
+		if !m.factory.late.Load() {
+			close(due)
+		}
+	})
 	defer deadline.Stop()
 
 	served := make(chan struct{})
@@ -168,7 +173,7 @@ func (m *Machine) life(ctx context.Context) (again bool) {
 	case <-ctx.Done():
 		finish()
 		return false
-	case <-deadline.C:
+	case <-due:
 		finish()
 		return false
 	case <-m.reboots:
@@ -180,14 +185,14 @@ func (m *Machine) life(ctx context.Context) (again bool) {
 	if failure, failed := errors.AsType[*failureError](err); failed {
 		verdict.Phase, verdict.Reason, verdict.Message = guestapi.PhaseFailed, failure.reason, failure.message
 		m.print(verdict.Line())
-		return m.over(ctx, told.machine.AtEnd, deadline.C)
+		return m.over(ctx, told.machine.AtEnd, due)
 	}
 	verdict.Phase = guestapi.PhaseReady
 	m.print(verdict.Line())
 	select {
 	case <-ctx.Done():
 		return false
-	case <-deadline.C:
+	case <-due:
 		return false
 	case <-m.reboots:
 		return true
@@ -199,7 +204,7 @@ func (m *Machine) life(ctx context.Context) (again bool) {
 		}
 		server.close()
 		m.print(verdict.Line())
-		return m.over(ctx, told.machine.AtEnd, deadline.C)
+		return m.over(ctx, told.machine.AtEnd, due)
 	}
 }
 
@@ -228,7 +233,7 @@ func (m *Machine) idle(ctx context.Context) (again bool) {
 }
 
 // over is a machine whose workload has ended.
-func (m *Machine) over(ctx context.Context, end guestapi.AtEnd, deadline <-chan time.Time) (again bool) {
+func (m *Machine) over(ctx context.Context, end guestapi.AtEnd, due <-chan struct{}) (again bool) {
 	if end == guestapi.AtEndPowerOff {
 		again, _ = m.wait(ctx, m.factory.options.StopDelay)
 		return again
@@ -236,7 +241,7 @@ func (m *Machine) over(ctx context.Context, end guestapi.AtEnd, deadline <-chan 
 	select {
 	case <-ctx.Done():
 		return false
-	case <-deadline:
+	case <-due:
 		return false
 	case <-m.reboots:
 		return true
@@ -260,6 +265,10 @@ func (m *Machine) start(ctx context.Context, told instructions) (*sshServer, err
 	if console, fails := m.factory.nextFailure(); fails {
 		m.print(console)
 		return nil, &failureError{guestapi.ReasonWorkloadFailed, "the workload ended with exit status 127"}
+	}
+	if m.factory.hangs.Load() {
+		<-ctx.Done()
+		return nil, ctx.Err()
 	}
 	server, err := newSSHServer(told.machine.Guest)
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/compute-bridge/compute-bridge/test/cloudsim"
@@ -39,6 +40,8 @@ type Options struct {
 // Machines starts quick machines. It is safe for concurrent use.
 type Machines struct {
 	options Options
+	// hangs and late are what Hang and IgnoreDeadlines say.
+	hangs, late atomic.Bool
 
 	mu       sync.Mutex // protects what follows
 	machines []*Machine
@@ -60,6 +63,13 @@ func (f *Machines) FailNext(console string) {
 	defer f.mu.Unlock()
 	f.failures = append(f.failures, console)
 }
+
+// Hang has the machines that boot from now on never get ready, or does so no
+// more.
+func (f *Machines) Hang(on bool) { f.hangs.Store(on) }
+
+// IgnoreDeadlines has no machine end at its deadline by itself any more.
+func (f *Machines) IgnoreDeadlines() { f.late.Store(true) }
 
 // nextFailure takes what FailNext ordered.
 func (f *Machines) nextFailure() (console string, fails bool) {

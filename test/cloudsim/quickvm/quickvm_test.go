@@ -327,6 +327,30 @@ func TestTheDeadlineComesWithoutAnyone(t *testing.T) {
 	}
 }
 
+func TestMachinesCanBeMadeToMisbehave(t *testing.T) {
+	s := newSite(t, quickvm.Options{})
+	s.machines.IgnoreDeadlines()
+	told := s.machine()
+	told.Deadline = time.Now().Add(time.Second).Truncate(time.Second).UTC()
+	late := s.boot(t, told)
+	verdict(t, late, guestapi.PhaseReady)
+	s.machines.Hang(true)
+	hangs := s.boot(t, s.machine())
+	eventually(t, "it has its image", func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return len(s.fetched) == 4
+	})
+	timer := time.NewTimer(time.Until(told.Deadline) + 100*time.Millisecond)
+	<-timer.C
+	if out, err := s.exec(late, "compute", s.login, "", "echo on"); err != nil || out != "on\n" {
+		t.Errorf("the machine ended at its deadline: %q, %v", out, err)
+	}
+	if _, found := guestapi.FindVerdict(hangs.Console(), grant, 1); found {
+		t.Errorf("it got ready: %s", hangs.Console())
+	}
+}
+
 func TestARebootBringsTheSameBack(t *testing.T) {
 	s := newSite(t, quickvm.Options{BootDelay: 20 * time.Millisecond})
 	m := s.boot(t, s.machine())
