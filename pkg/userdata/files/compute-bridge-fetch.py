@@ -93,7 +93,7 @@ def say(message):
 
 def failed():
     try:
-        say("the image could not be prepared; the journal says why")
+        say("the image could not be run; the journal says why")
     finally:
         os.makedirs(STATE, exist_ok=True)
         open(STATE + "/ended", "w").close()
