@@ -181,7 +181,7 @@ func (m *Machine) say(verdict guestapi.Verdict) error {
 
 // print writes to the console. It begins a new line: nobody knows what was written last.
 func (m *Machine) print(text string) error {
-	f, err := os.OpenFile(m.dirs.Console, os.O_WRONLY|unix.O_NOCTTY, 0)
+	f, err := os.OpenFile(m.dirs.Console, os.O_WRONLY|os.O_APPEND|unix.O_NOCTTY, 0)
 	if err != nil {
 		return err
 	}

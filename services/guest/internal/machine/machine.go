@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -297,6 +298,62 @@ func (m *Machine) furnish() error {
 		return err
 	}
 	defer root.Close()
+	for _, dir := range []struct {
+		name string
+		mode os.FileMode
+		// mounted directories may not be links: the mount would be elsewhere.
+		mounted bool
+	}{
+		{"proc", 0o555, true},
+		{"sys", 0o555, true},
+		{"dev", 0o755, true},
+		{"run", 0o755, true},
+		{"etc", 0o755, false},
+		{"tmp", 0o777 | os.ModeSticky, false},
+	} {
+		if err := haveDir(root, dir.name, dir.mode, dir.mounted); err != nil {
+			return err
+		}
+	}
+	if err := m.nameHosts(root); err != nil {
+		return err
+	}
+	// The guest's own: nothing of the image's may be there.
+	own := filepath.Dir(guestapi.ContainerBinaryPath)[1:]
+	if err := root.RemoveAll(own); err != nil {
+		return err
+	}
+	if err := haveDir(root, own, 0o755, true); err != nil {
+		return err
+	}
+	for _, name := range []string{guestapi.ContainerBinaryPath, guestapi.ContainerConfigPath} {
+		if err := newFile(root, name[1:], 0o600, ""); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// haveDir makes a directory unless there is one, or, where that will do, a link to one.
+func haveDir(root *os.Root, name string, mode os.FileMode, itself bool) error {
+	stat := root.Stat
+	if itself {
+		stat = root.Lstat
+	}
+	if info, err := stat(name); err == nil && info.IsDir() {
+		return nil
+	}
+	if err := root.RemoveAll(name); err != nil {
+		return err
+	}
+	if err := root.Mkdir(name, mode.Perm()); err != nil { // It refuses the sticky bit.
+		return err
+	}
+	return root.Chmod(name, mode)
+}
+
+// nameHosts writes the files by which programs find hosts.
+func (m *Machine) nameHosts(root *os.Root) error {
 	hostname, err := os.Hostname()
 	if err != nil {
 		hostname = "localhost"
@@ -306,18 +363,6 @@ func (m *Machine) furnish() error {
 	if err != nil {
 		m.logger.Warn("The machine has no resolv.conf", "reason", err)
 	}
-	for _, dir := range []struct {
-		name string
-		mode os.FileMode
-	}{{"proc", 0o555}, {"sys", 0o555}, {"dev", 0o755}, {"run", 0o755}, {"etc", 0o755}, {"tmp", 0o777 | os.ModeSticky}} {
-		err := root.Mkdir(dir.name, dir.mode.Perm()) // It refuses the sticky bit.
-		if err == nil {
-			err = root.Chmod(dir.name, dir.mode)
-		}
-		if err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-	}
 	for name, content := range map[string]string{
 		"etc/resolv.conf": string(resolv),
 		"etc/hostname":    hostname + "\n",
@@ -325,39 +370,26 @@ func (m *Machine) furnish() error {
 			hostname + "\n",
 	} {
 		// An image may have a link there, to where a service of its own would write.
-		if err := root.RemoveAll(name); err != nil {
+		err := root.RemoveAll(name)
+		if err == nil {
+			err = newFile(root, name, 0o644, content)
+		}
+		switch {
+		case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EIO):
+			return err
+		case err != nil:
 			m.logger.Warn("The image's file can't be replaced", "file", name, "reason", err)
-			continue
-		}
-		f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-		if err != nil {
-			m.logger.Warn("The image's file can't be replaced", "file", name, "reason", err)
-			continue
-		}
-		_, err = io.WriteString(f, content)
-		if err := errors.Join(err, f.Chmod(0o644), f.Close()); err != nil {
-			return err
-		}
-	}
-	// The guest's own: nothing of the image's may be there.
-	own := filepath.Dir(guestapi.ContainerBinaryPath)[1:]
-	if err := root.RemoveAll(own); err != nil {
-		return err
-	}
-	if err := root.Mkdir(own, 0o755); err != nil {
-		return err
-	}
-	if err := root.Chmod(own, 0o755); err != nil {
-		return err
-	}
-	for _, name := range []string{guestapi.ContainerBinaryPath, guestapi.ContainerConfigPath} {
-		f, err := root.OpenFile(name[1:], os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-		if err != nil {
-			return err
-		}
-		if err := f.Close(); err != nil {
-			return err
 		}
 	}
 	return nil
+}
+
+// newFile makes a file where there is none, with that very mode.
+func newFile(root *os.Root, name string, mode os.FileMode, content string) error {
+	f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+	if err != nil {
+		return err
+	}
+	_, err = io.WriteString(f, content)
+	return errors.Join(err, f.Chmod(mode), f.Close())
 }
