@@ -241,7 +241,7 @@ func validateURL(text string) error {
 func validateDigest(text string) error {
 	algorithm, digits, _ := strings.Cut(text, ":")
 	if algorithm != "sha256" && algorithm != "blake3" {
-		return errors.New("begins with neither sha256: nor blake3:")
+		return errors.New("has neither sha256 nor blake3 before a colon")
 	}
 	return validateHex(digits)
 }

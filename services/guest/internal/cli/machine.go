@@ -46,7 +46,7 @@ func runMachine(ctx context.Context, args []string, std Streams, logger *slog.Lo
 		return exitUsage
 	}
 	if err != nil {
-		logger.Error("The machine's "+args[0]+" failed", "reason", err)
+		logger.Error("The machine failed", "doing", args[0], "reason", err)
 		return exitFailed
 	}
 	return exitOK

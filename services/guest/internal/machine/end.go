@@ -54,6 +54,7 @@ func (systemd) Stopping(ctx context.Context) bool {
 func (systemd) Tail(ctx context.Context, unit string, lines int) ([]byte, error) {
 	// What the unit wrote last may not have been read yet. Without that, there is less to show.
 	_ = exec.CommandContext(ctx, "journalctl", "--sync").Run()
+	// #nosec G204 -- a constant and a number of this package
 	return exec.CommandContext(ctx, "journalctl", "--no-pager", "--output=cat", "--boot", "--unit="+unit,
 		"--lines="+strconv.Itoa(lines), "_TRANSPORT=stdout").Output()
 }

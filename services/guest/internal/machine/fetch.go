@@ -40,10 +40,10 @@ type fetcher struct {
 	stall    time.Duration
 	pause    time.Duration
 	// told hears of each attempt that failed.
-	told func(*Failure)
+	told func(*FailureError)
 }
 
-func newFetcher(told func(*Failure)) *fetcher {
+func newFetcher(told func(*FailureError)) *fetcher {
 	return &fetcher{
 		client: &http.Client{Transport: &http.Transport{
 			Proxy:                 http.ProxyFromEnvironment,
@@ -59,7 +59,7 @@ func newFetcher(told func(*Failure)) *fetcher {
 
 // fetch writes the image to file. It tries again as long as another attempt may go better. Failures never name the
 // URL, which may be signed.
-func (f *fetcher) fetch(ctx context.Context, image guestapi.MachineImage, file string) *Failure {
+func (f *fetcher) fetch(ctx context.Context, image guestapi.MachineImage, file string) *FailureError {
 	defer f.client.CloseIdleConnections()
 	giveUp := time.Now().Add(f.patience)
 	wrong := 0
@@ -83,7 +83,7 @@ func (f *fetcher) fetch(ctx context.Context, image guestapi.MachineImage, file s
 	}
 }
 
-func (f *fetcher) attempt(ctx context.Context, image guestapi.MachineImage, file string) *Failure {
+func (f *fetcher) attempt(ctx context.Context, image guestapi.MachineImage, file string) *FailureError {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, image.URL, http.NoBody)
@@ -118,7 +118,7 @@ func (f *fetcher) attempt(ctx context.Context, image guestapi.MachineImage, file
 }
 
 // save writes what is read and compares its digest.
-func (f *fetcher) save(body io.Reader, image guestapi.MachineImage, file string) *Failure {
+func (f *fetcher) save(body io.Reader, image guestapi.MachineImage, file string) *FailureError {
 	out, err := os.OpenFile(file, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
 		return unfit(err)
@@ -194,7 +194,7 @@ func withoutURL(err error) error {
 }
 
 // unfit is a failure of the machine itself.
-func unfit(err error) *Failure {
+func unfit(err error) *FailureError {
 	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 		return finally(guestapi.ReasonHostUnfit, "the machine's disk is too small for the image: %v", err)
 	}

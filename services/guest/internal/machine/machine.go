@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -79,14 +80,14 @@ type Machine struct {
 // New returns the machine with its directories at dirs.
 func New(dirs Dirs, logger *slog.Logger) *Machine {
 	m := &Machine{dirs: dirs, logger: logger, now: time.Now, system: systemd{}}
-	m.fetch = newFetcher(func(failure *Failure) {
+	m.fetch = newFetcher(func(failure *FailureError) {
 		logger.Warn("The image could not be fetched and is tried again", "reason", failure.Message)
 	})
 	return m
 }
 
-// Failure is why a machine can't run its workload. Its message has no secret.
-type Failure struct {
+// FailureError is why a machine can't run its workload. Its message has no secret.
+type FailureError struct {
 	// Reason is one of guestapi's.
 	Reason string
 	// Message is for people.
@@ -96,13 +97,13 @@ type Failure struct {
 }
 
 // Error implements error.
-func (f *Failure) Error() string { return f.Reason + ": " + f.Message }
+func (f *FailureError) Error() string { return f.Reason + ": " + f.Message }
 
-func failed(reason, format string, args ...any) *Failure {
-	return &Failure{Reason: reason, Message: fmt.Sprintf(format, args...)}
+func failed(reason, format string, args ...any) *FailureError {
+	return &FailureError{Reason: reason, Message: fmt.Sprintf(format, args...)}
 }
 
-func finally(reason, format string, args ...any) *Failure {
+func finally(reason, format string, args ...any) *FailureError {
 	f := failed(reason, format, args...)
 	f.final = true
 	return f
@@ -144,7 +145,7 @@ func (m *Machine) Prepare(ctx context.Context) error {
 	return nil
 }
 
-func (m *Machine) prepare(ctx context.Context, config guestapi.Machine) *Failure {
+func (m *Machine) prepare(ctx context.Context, config guestapi.Machine) *FailureError {
 	if !m.now().Before(config.Deadline) {
 		return failed(guestapi.ReasonHostUnfit, "the machine started after its deadline")
 	}
@@ -156,7 +157,7 @@ func (m *Machine) prepare(ctx context.Context, config guestapi.Machine) *Failure
 		return unfit(err)
 	}
 	if image == nil || image.Digest != config.Image.Digest {
-		var failure *Failure
+		var failure *FailureError
 		if image, failure = m.unpack(ctx, config.Image); failure != nil {
 			return failure
 		}
@@ -191,7 +192,7 @@ func (m *Machine) unpacked() (*unpacked, error) {
 }
 
 // unpack fetches the image and makes its root file system, from nothing.
-func (m *Machine) unpack(ctx context.Context, image guestapi.MachineImage) (*unpacked, *Failure) {
+func (m *Machine) unpack(ctx context.Context, image guestapi.MachineImage) (*unpacked, *FailureError) {
 	// The description goes first: half a root file system is then never taken for a whole one.
 	for _, name := range []string{imageFile, rootDir, scratchDir, archiveFile} {
 		if err := os.RemoveAll(m.state(name)); err != nil {
@@ -276,9 +277,7 @@ func merge(guest guestapi.Config, image ociroot.Config) ([]byte, error) {
 		name, value, _ := strings.Cut(entry, "=")
 		environment[name] = value
 	}
-	for name, value := range guest.Environment {
-		environment[name] = value
-	}
+	maps.Copy(environment, guest.Environment)
 	guest.Environment = environment
 	guest.Command = image.Command
 	guest.RunAs = image.User
@@ -297,7 +296,7 @@ func (m *Machine) furnish() error {
 	if err != nil {
 		return err
 	}
-	defer root.Close()
+	defer func() { _ = root.Close() }()
 	for _, dir := range []struct {
 		name string
 		mode os.FileMode

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -337,42 +338,40 @@ func TestFailureToPrepareIsAVerdict(t *testing.T) {
 		return func(_ int64, w http.ResponseWriter) bool { w.WriteHeader(code); return true }
 	}
 	for name, tc := range map[string]struct {
-		change  func(t *testing.T, b *bench, s *store)
+		change  func(b *bench, s *store)
 		reason  string
 		message string
 		fetches int64 // 0: any
 	}{
 		"missing": {
-			func(_ *testing.T, _ *bench, s *store) { s.answer = status(404) },
+			func(_ *bench, s *store) { s.answer = status(404) },
 			"IMAGE_UNAVAILABLE", "the store answers 404 Not Found", 1,
 		},
 		"expired URL": {
-			func(_ *testing.T, _ *bench, s *store) { s.answer = status(403) },
+			func(_ *bench, s *store) { s.answer = status(403) },
 			"IMAGE_UNAVAILABLE", "the store answers 403 Forbidden", 1,
 		},
 		"store is down": {
-			func(_ *testing.T, _ *bench, s *store) { s.answer = status(503) },
+			func(_ *bench, s *store) { s.answer = status(503) },
 			"IMAGE_UNAVAILABLE", "the store answers 503", 0,
 		},
 		"no store": {
-			func(_ *testing.T, _ *bench, s *store) { s.Close() },
+			func(_ *bench, s *store) { s.Close() },
 			"IMAGE_UNAVAILABLE", "connection refused", 0,
 		},
 		"wrong bytes": {
-			func(_ *testing.T, _ *bench, s *store) { s.image = append(s.image[:len(s.image):len(s.image)], 0) },
+			func(_ *bench, s *store) { s.image = append(slices.Clip(s.image), 0) },
 			"IMAGE_HASH_MISMATCH", "the image has sha256 ", 2,
 		},
 		"wrong digest": {
-			func(t *testing.T, b *bench, _ *store) {
+			func(b *bench, _ *store) {
 				b.config.Image.Digest = "blake3:" + strings.Repeat("00", 32)
-				b.write(t)
 			},
 			"IMAGE_HASH_MISMATCH", "the image has blake3 ", 2,
 		},
 		"too large": {
-			func(t *testing.T, b *bench, s *store) {
+			func(b *bench, s *store) {
 				b.config.Image.MaxBytes = 100
-				b.write(t)
 				s.answer = func(_ int64, w http.ResponseWriter) bool {
 					w.Header().Set("Content-Length", strconv.Itoa(len(s.image)))
 					_, _ = w.Write(s.image)
@@ -382,9 +381,8 @@ func TestFailureToPrepareIsAVerdict(t *testing.T) {
 			"IMAGE_INVALID", "at most 100 are allowed", 1,
 		},
 		"too large, unannounced": {
-			func(t *testing.T, b *bench, s *store) {
+			func(b *bench, s *store) {
 				b.config.Image.MaxBytes = 100
-				b.write(t)
 				s.answer = func(_ int64, w http.ResponseWriter) bool {
 					_ = http.NewResponseController(w).Flush()
 					_, _ = w.Write(s.image)
@@ -394,53 +392,35 @@ func TestFailureToPrepareIsAVerdict(t *testing.T) {
 			"IMAGE_INVALID", "more than the 100 bytes", 1,
 		},
 		"no archive": {
-			func(t *testing.T, b *bench, s *store) {
+			func(b *bench, s *store) {
 				s.image = []byte("no archive")
 				sum := blake3.Sum256(s.image)
 				b.config.Image.Digest = "blake3:" + hex.EncodeToString(sum[:])
-				b.write(t)
 			},
 			"IMAGE_INVALID", "the image can't be unpacked: not an OCI archive", 1,
 		},
 		"refused configuration": {
-			func(t *testing.T, b *bench, s *store) {
+			func(b *bench, s *store) {
 				s.image = ociImage(t, `{"User":"a b"}`)
 				sum := sha256.Sum256(s.image)
 				b.config.Image.Digest = "sha256:" + hex.EncodeToString(sum[:])
-				b.write(t)
 			},
 			"IMAGE_INVALID", "the image's configuration is refused: run_as", 1,
 		},
 		"past the deadline": {
-			func(t *testing.T, b *bench, _ *store) {
+			func(b *bench, _ *store) {
 				b.config.Deadline = time.Now().Add(-time.Minute).Truncate(time.Second)
-				b.write(t)
 			},
 			"HOST_UNFIT", "after its deadline", 0,
-		},
-		"full disk": {
-			func(t *testing.T, b *bench, _ *store) {
-				if err := os.MkdirAll(b.dirs.State, 0o700); err != nil {
-					t.Fatal(err)
-				}
-				if err := unix.Mount("tmpfs", b.dirs.State, "tmpfs", 0, "size=4k"); err != nil {
-					t.Fatal(err)
-				}
-				t.Cleanup(func() {
-					if err := unix.Unmount(b.dirs.State, unix.MNT_DETACH); err != nil {
-						t.Error(err)
-					}
-				})
-			},
-			"HOST_UNFIT", "disk is too small", 1,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newStore(t, bytes.Clone(image))
 			b := newBench(t, s)
-			tc.change(t, b, s)
+			tc.change(b, s)
+			b.write(t)
 			err := b.Prepare(t.Context())
-			if failure, ok := errors.AsType[*Failure](err); !ok || failure.Reason != tc.reason {
+			if failure, ok := errors.AsType[*FailureError](err); !ok || failure.Reason != tc.reason {
 				t.Errorf("got %v", err)
 			}
 			v := b.verdict(t)
@@ -457,6 +437,26 @@ func TestFailureToPrepareIsAVerdict(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+func TestFullDiskIsTheMachinesFault(t *testing.T) {
+	b := newBench(t, newStore(t, ociImage(t, goodConfig)))
+	if err := os.MkdirAll(b.dirs.State, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", b.dirs.State, "tmpfs", 0, "size=4k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(b.dirs.State, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	err := b.Prepare(t.Context())
+	if v := b.verdict(t); err == nil || v == nil || v.Reason != guestapi.ReasonHostUnfit ||
+		!strings.Contains(v.Message, "disk is too small") {
+		t.Errorf("got %v, verdict %+v", err, v)
 	}
 }
 
@@ -577,8 +577,6 @@ func TestMachineWithoutAFileSaysNothing(t *testing.T) {
 	}
 }
 
-func code(n int32) *int32 { return &n }
-
 func TestEndTellsHowAndPowersOff(t *testing.T) {
 	for name, tc := range map[string]struct {
 		ready  bool
@@ -587,59 +585,80 @@ func TestEndTellsHowAndPowersOff(t *testing.T) {
 		want   guestapi.Verdict
 	}{
 		"success": {
-			true, Result{"success", "exited", "0"}, "",
-			guestapi.Verdict{Phase: "exited", Code: code(0)},
+			true,
+			Result{"success", "exited", "0"},
+			"",
+			guestapi.Verdict{Phase: "exited", Code: new(int32(0))},
 		},
 		"exit code": {
-			true, Result{"exit-code", "exited", "7"}, "last words\n",
-			guestapi.Verdict{Phase: "exited", Code: code(7)},
+			true,
+			Result{"exit-code", "exited", "7"},
+			"last words\n",
+			guestapi.Verdict{Phase: "exited", Code: new(int32(7))},
 		},
 		"signal of the workload": {
-			true, Result{"exit-code", "exited", "139"}, "",
-			guestapi.Verdict{Phase: "exited", Code: code(139), Signal: "SEGV"},
+			true,
+			Result{"exit-code", "exited", "139"},
+			"",
+			guestapi.Verdict{Phase: "exited", Code: new(int32(139)), Signal: "SEGV"},
 		},
 		"signal of the guest": {
-			true, Result{"signal", "killed", "KILL"}, "",
+			true,
+			Result{"signal", "killed", "KILL"},
+			"",
 			guestapi.Verdict{Phase: "exited", Signal: "KILL"},
 		},
 		"out of memory": {
-			true, Result{"oom-kill", "killed", "KILL"}, "",
+			true,
+			Result{"oom-kill", "killed", "KILL"},
+			"",
 			guestapi.Verdict{Phase: "exited", Signal: "KILL", Message: "the machine ran out of memory"},
 		},
 		"no such command": {
-			false, Result{"exit-code", "exited", "127"},
+			false,
+			Result{"exit-code", "exited", "127"},
 			guestapi.LogPrefix + "error: The workload cannot run reason=\"no such file\"\n",
 			guestapi.Verdict{
-				Phase: "failed", Reason: "WORKLOAD_FAILED", Code: code(127),
+				Phase: "failed", Reason: "WORKLOAD_FAILED", Code: new(int32(127)),
 				Message: `The workload cannot run reason="no such file"`,
 			},
 		},
 		"ended early": {
-			false, Result{"protocol", "exited", "0"}, "",
+			false,
+			Result{"protocol", "exited", "0"},
+			"",
 			guestapi.Verdict{
-				Phase: "failed", Reason: "WORKLOAD_FAILED", Code: code(0),
+				Phase: "failed", Reason: "WORKLOAD_FAILED", Code: new(int32(0)),
 				Message: "the workload ended with exit code 0 before SSH was open",
 			},
 		},
 		"killed early": {
-			false, Result{"timeout", "killed", "TERM"}, "",
+			false,
+			Result{"timeout", "killed", "TERM"},
+			"",
 			guestapi.Verdict{
 				Phase: "failed", Reason: "WORKLOAD_FAILED", Signal: "TERM", Message: "the workload was killed before SSH was open",
 			},
 		},
 		"guest failed": {
-			false, Result{"exit-code", "exited", "71"}, "",
-			guestapi.Verdict{Phase: "failed", Reason: "HOST_UNFIT", Code: code(71), Message: "the guest could not run"},
+			false,
+			Result{"exit-code", "exited", "71"},
+			"",
+			guestapi.Verdict{Phase: "failed", Reason: "HOST_UNFIT", Code: new(int32(71)), Message: "the guest could not run"},
 		},
 		"unit failed": {
-			false, Result{"exit-code", "exited", "226"}, "",
+			false,
+			Result{"exit-code", "exited", "226"},
+			"",
 			guestapi.Verdict{
-				Phase: "failed", Reason: "HOST_UNFIT", Code: code(226),
+				Phase: "failed", Reason: "HOST_UNFIT", Code: new(int32(226)),
 				Message: "the workload's unit could not be started (status 226, see systemd.exec)",
 			},
 		},
 		"nothing ran": {
-			false, Result{Result: "resources"}, "",
+			false,
+			Result{Result: "resources"},
+			"",
 			guestapi.Verdict{
 				Phase: "failed", Reason: "HOST_UNFIT", Message: "the workload's unit could not be started (resources)",
 			},

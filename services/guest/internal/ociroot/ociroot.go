@@ -128,7 +128,7 @@ func splitArchive(ctx context.Context, file, dir string) error {
 	if err != nil {
 		return err
 	}
-	defer root.Close()
+	defer func() { _ = root.Close() }()
 	for _, name := range []string{"blobs", "blobs/sha256", "blobs/sha512"} {
 		if err := root.Mkdir(name, 0o700); err != nil {
 			return err
