@@ -137,7 +137,17 @@ func (b *Backend) prepare(ctx context.Context) error {
 	for _, r := range b.regions {
 		b.tasks.Go(func() { b.keepFresh(r) })
 	}
+	b.tasks.Go(b.keepLooking)
 	return nil
+}
+
+// keepLooking looks again at what the start found wrong, until all is well.
+func (b *Backend) keepLooking() {
+	for len(b.clients.problems()) > 0 && sleep(b.life, retryRefresh) == nil {
+		if err := b.clients.recheck(b.life); err != nil && b.life.Err() == nil {
+			b.log.WarnContext(b.life, "Not all is well", "error", err.Error())
+		}
+	}
 }
 
 // refresh reads what a region offers.
@@ -148,19 +158,14 @@ func (b *Backend) refresh(ctx context.Context, r *region) error {
 	return nil
 }
 
-// keepFresh reads again and again what a region offers, and looks again at what
-// was wrong at the start.
+// keepFresh reads again and again what a region offers.
 func (b *Backend) keepFresh(r *region) {
 	wait := refreshInterval
 	if ok, _ := b.catalogue.fits(r.name, backend.Shape{}); !ok {
 		wait = retryRefresh
 	}
 	for {
-		timer := time.NewTimer(wait)
-		select {
-		case <-timer.C:
-		case <-b.life.Done():
-			timer.Stop()
+		if sleep(b.life, wait) != nil {
 			return
 		}
 		wait = refreshInterval

@@ -30,6 +30,11 @@ func openBridge(t *testing.T, change func(*Config)) (*suiteSite, backend.Backend
 	return s, b
 }
 
+// asRequester makes calls those of the client whose the grants are.
+func asRequester(ctx context.Context) context.Context {
+	return backend.WithCaller(ctx, backend.Caller{Identity: "requester", Role: backend.RoleClient})
+}
+
 // grant returns a new grant that the site's worker takes.
 func (s *suiteSite) grant() (backend.Grant, backend.Envelope) {
 	g := backend.Grant{
@@ -45,7 +50,7 @@ func (s *suiteSite) grant() (backend.Grant, backend.Envelope) {
 func (s *suiteSite) provision(t *testing.T, b backend.Backend) (backend.Grant, backend.Provisioned) {
 	t.Helper()
 	g, e := s.grant()
-	p, err := b.Provision(t.Context(), g, e)
+	p, err := b.Provision(asRequester(t.Context()), g, e)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,7 +59,7 @@ func (s *suiteSite) provision(t *testing.T, b backend.Backend) (backend.Grant, b
 
 func terminate(t *testing.T, b backend.Backend, id backend.GrantID) *backend.SignedLog {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), suitePatience)
+	ctx, cancel := context.WithTimeout(asRequester(t.Context()), suitePatience)
 	defer cancel()
 	out, err := b.Terminate(ctx, backend.HandleFor(id))
 	if err != nil || out.State != backend.StateTerminated {
@@ -66,7 +71,7 @@ func terminate(t *testing.T, b backend.Backend, id backend.GrantID) *backend.Sig
 // ends waits for a grant's final log.
 func ends(t *testing.T, b backend.Backend, id backend.GrantID) backend.ComputeLog {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), suitePatience)
+	ctx, cancel := context.WithTimeout(asRequester(t.Context()), suitePatience)
 	defer cancel()
 	var final *backend.SignedLog
 	err := b.WatchUntilExit(ctx, backend.HandleFor(id), func(e backend.Event) error {
@@ -168,7 +173,7 @@ func TestStockOutOfEverythingIsCapacityExhausted(t *testing.T) {
 	s, b := openBridge(t, nil)
 	defer s.cloud.Cloud.StockOut(suiteRegion, "", "")()
 	g, e := s.grant()
-	_, err := b.Provision(t.Context(), g, e)
+	_, err := b.Provision(asRequester(t.Context()), g, e)
 	if !backenderr.Is(err, backenderr.CapacityExhausted) || backenderr.CreatedOf(err) != backenderr.CreatedNone {
 		t.Errorf("got %v, created %s", err, backenderr.CreatedOf(err))
 	}
@@ -209,7 +214,7 @@ func TestRegionOutsideTheAllowlistIsRefusedByName(t *testing.T) {
 	s, b := openBridge(t, nil)
 	g, e := s.grant()
 	g.Region = "ap-south-1"
-	_, err := b.Provision(t.Context(), g, e)
+	_, err := b.Provision(asRequester(t.Context()), g, e)
 	if !backenderr.Is(err, backenderr.GrantNotSatisfiable) || !strings.Contains(err.Error(), "ap-south-1") || !strings.Contains(err.Error(), suiteRegion) {
 		t.Errorf("got %v", err)
 	}
@@ -228,7 +233,7 @@ func TestGrantsAtOnceShareOneGroup(t *testing.T) {
 			g, e := s.grant()
 			g.Ports = []backend.Port{{Number: 8080, Protocol: backend.TCP}, {Number: 53, Protocol: backend.UDP}}
 			ids[n] = g.ID
-			if _, err := b.Provision(t.Context(), g, e); err != nil {
+			if _, err := b.Provision(asRequester(t.Context()), g, e); err != nil {
 				t.Error(err)
 			}
 		})
@@ -253,7 +258,7 @@ func TestAllowlistIsClosedBeforeAnythingRunsInIt(t *testing.T) {
 	s, b := openBridge(t, func(c *Config) { c.Regions[0].AllowlistEgress = []string{"198.51.100.0/24"} })
 	g, e := s.grant()
 	g.Network = backend.NetworkPolicy{Mode: backend.NetworkAllowlist, AllowedPrefixes: []string{"203.0.113.0/24"}}
-	if _, err := b.Provision(t.Context(), g, e); err != nil {
+	if _, err := b.Provision(asRequester(t.Context()), g, e); err != nil {
 		t.Fatal(err)
 	}
 	var peers []string
@@ -285,7 +290,7 @@ func TestBootThatFailsShowsTheConsole(t *testing.T) {
 	s, b := openBridge(t, nil)
 	s.cloud.Machines.FailNext("the disk is on fire")
 	g, e := s.grant()
-	_, err := b.Provision(t.Context(), g, e)
+	_, err := b.Provision(asRequester(t.Context()), g, e)
 	failure := backenderr.From(err)
 	if failure.Reason != backenderr.WorkloadFailed || !strings.Contains(failure.Metadata[backenderr.MetaConsole], "on fire") {
 		t.Errorf("got %v with %q", err, failure.Metadata)
@@ -300,7 +305,7 @@ func TestInstanceThatNeverAnswersIsBootTimeout(t *testing.T) {
 	s, b := openBridge(t, func(c *Config) { c.BootTimeout.Duration = 300 * time.Millisecond })
 	s.cloud.Machines.Hang(true)
 	g, e := s.grant()
-	_, err := b.Provision(t.Context(), g, e)
+	_, err := b.Provision(asRequester(t.Context()), g, e)
 	if !backenderr.Is(err, backenderr.BootTimeout) || backenderr.CreatedOf(err) != backenderr.CreatedNone {
 		t.Errorf("got %v, created %s", err, backenderr.CreatedOf(err))
 	}
@@ -313,7 +318,7 @@ func TestScheduleEndsTheInstanceOfADeadBridge(t *testing.T) {
 	})
 	g, e := s.grant()
 	g.ValidTo = time.Now().Add(6 * time.Second).Truncate(time.Microsecond).UTC()
-	p, err := b.Provision(t.Context(), g, e)
+	p, err := b.Provision(asRequester(t.Context()), g, e)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -354,7 +359,7 @@ func TestInstanceThatTheLedgerForgotIsAdopted(t *testing.T) {
 	s, b := openBridge(t, nil)
 	restock := s.cloud.Cloud.StockOut(suiteRegion, suiteRegion+"a", "") // so that its attempt is not the first
 	g, e := s.grant()
-	before, err := b.Provision(t.Context(), g, e)
+	before, err := b.Provision(asRequester(t.Context()), g, e)
 	restock()
 	if err != nil {
 		t.Fatal(err)
@@ -369,7 +374,7 @@ func TestInstanceThatTheLedgerForgotIsAdopted(t *testing.T) {
 	if _, err := s.driver.Provision(t.Context(), orderOf(other, s.login)); !backenderr.Is(err, backenderr.GrantConflict) {
 		t.Errorf("with other content: %v", err)
 	}
-	after, err := b.Provision(t.Context(), g, e)
+	after, err := b.Provision(asRequester(t.Context()), g, e)
 	if err != nil {
 		t.Fatal(err)
 	}

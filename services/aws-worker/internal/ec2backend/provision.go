@@ -13,6 +13,7 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -40,7 +41,7 @@ const (
 // Codes of EC2's about client tokens
 // (https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html).
 const (
-	codeTokenMismatch   = "IdempotentParameterMismatch"
+	codeTokenMismatch   = "IdempotentParameterMismatch" // #nosec G101 -- an error code
 	codeTokenTerminated = "IdempotentInstanceTerminated"
 )
 
@@ -330,8 +331,8 @@ func (b *Backend) plan(ctx context.Context, order worker.Order, r *region) (para
 	if err != nil {
 		return params{}, err
 	}
-	disk := max(int64(grant.Shape.Storage)+b.config.ExtraDiskGiB, int64(image.MinDiskGiB))
-	if disk > math.MaxInt32 {
+	disk := max(int64(grant.Shape.Storage)+b.config.ExtraDiskGiB, image.MinDiskGiB)
+	if disk < 0 || disk > math.MaxInt32 {
 		return params{}, backenderr.New(backenderr.GrantNotSatisfiable, "no volume has %d GiB", disk)
 	}
 	return params{
@@ -388,7 +389,7 @@ func (b *Backend) makeReady(ctx context.Context, order worker.Order, a *attempt)
 			Version: guestapi.ConfigVersion, HostKey: guestapi.NewHostKey(string(private.Expose())), AuthorizedKeys: []string{order.LoginKey},
 			ListenPort: sshPort, Environment: order.Grant.Environment,
 		},
-		GrantID: a.grant.String(), Attempt: a.attempt, Deadline: a.params.ValidTo.UTC().Truncate(time.Second),
+		GrantID: a.grant.String(), Attempt: a.attempt, Deadline: wholeSeconds(a.params.ValidTo),
 		Image: a.params.MachineImage, AtEnd: guestapi.AtEndPowerOff,
 	}
 	var i instance
@@ -434,6 +435,17 @@ func (b *Backend) makeReady(ctx context.Context, order worker.Order, a *attempt)
 	return ready, nil
 }
 
+// wholeSeconds returns the first whole second that is not before a deadline:
+// neither timers of systemd's nor schedules have finer ones, and no instance may
+// end early.
+func wholeSeconds(at time.Time) time.Time {
+	out := at.UTC().Truncate(time.Second)
+	if out.Before(at) {
+		out = out.Add(time.Second)
+	}
+	return out
+}
+
 // create sends the attempt's create call: the very same one each time.
 func (b *Backend) create(ctx context.Context, a *attempt, machine guestapi.Machine) (instance, error) {
 	document, err := guestapi.EncodeMachine(machine)
@@ -466,6 +478,9 @@ func (b *Backend) create(ctx context.Context, a *attempt, machine guestapi.Machi
 		b.groups.forget()
 		b.forgetSent(a.identity)
 		return instance{}, errOver // the next attempt makes it again
+	case strings.HasPrefix(code, "InvalidAMIID."):
+		b.images.forget(a.region.name) // it was replaced, perhaps
+		return instance{}, classify(err, "create the instance")
 	case err != nil:
 		if refused(err) {
 			// EC2's own word that there is nothing, unless an earlier send made it.
@@ -585,7 +600,7 @@ func (b *Backend) awaitReady(ctx context.Context, a *attempt, hostKey string, pr
 		case i.over():
 			return instance{}, b.bootFailed(ctx, a, i)
 		case i.state == types.InstanceStateNameRunning && i.address(a.region.clients.config).IsValid():
-			problem = b.answers(waiting, a, i, seen, want)
+			problem = b.answers(waiting, a, i, want)
 			if problem == nil {
 				return i, nil
 			}
@@ -602,19 +617,14 @@ func (b *Backend) awaitReady(ctx context.Context, a *attempt, hostKey string, pr
 	}
 }
 
-// answers tries SSH until it answers or the region has been read again, which
-// shows whether the instance still lives.
-func (b *Backend) answers(ctx context.Context, a *attempt, i instance, seen time.Time, want sshkey.PublicKey) error {
-	ctx, cancel := context.WithDeadline(ctx, seen.Add(b.config.PollInterval.Duration+minReadyPause))
-	defer cancel()
+// answers tries SSH until it answers or it is time to look again whether the
+// instance still lives.
+func (b *Backend) answers(ctx context.Context, a *attempt, i instance, want sshkey.PublicKey) error {
 	endpoint := net.JoinHostPort(i.address(a.region.clients.config).String(), strconv.Itoa(sshPort))
 	pause := minReadyPause
-	for {
+	for until := time.Now().Add(b.config.PollInterval.Duration); ; {
 		err := sshkey.Probe(ctx, endpoint, guestapi.DefaultUser, want)
-		if err == nil {
-			return nil
-		}
-		if sleep(ctx, pause) != nil {
+		if err == nil || time.Now().Add(pause).After(until) || sleep(ctx, pause) != nil {
 			return err
 		}
 		pause = min(2*pause, maxReadyPause)

@@ -27,7 +27,7 @@ func (s *suiteSite) provisionMany(t *testing.T, b backend.Backend, n int) (grant
 			g, e := s.grant()
 			grants[i] = g
 			var err error
-			if made[i], err = b.Provision(t.Context(), g, e); err != nil {
+			if made[i], err = b.Provision(asRequester(t.Context()), g, e); err != nil {
 				t.Errorf("grant %d: %v", i, err)
 			}
 		})
@@ -46,7 +46,7 @@ func (s *suiteSite) sameAgain(t *testing.T, b backend.Backend, grants []backend.
 	for i, g := range grants {
 		wg.Go(func() {
 			_, e := s.grant()
-			got, err := b.Provision(t.Context(), g, e)
+			got, err := b.Provision(asRequester(t.Context()), g, e)
 			if err != nil || got.Instance.ID != made[i].Instance.ID || got.Receipt.HostKey != made[i].Receipt.HostKey {
 				t.Errorf("grant %d: %+v, %v; was %+v", i, got.Instance, err, made[i].Instance)
 			}

@@ -32,8 +32,7 @@ func (b *Backend) arm(ctx context.Context, r *region, id identity, instanceID st
 	if err != nil {
 		return backenderr.Wrap(backenderr.Internal, err, "render the schedule's input")
 	}
-	// Schedules have whole seconds; none may be late.
-	when := at.UTC().Truncate(time.Second).Format("2006-01-02T15:04:05")
+	when := wholeSeconds(at).Format("2006-01-02T15:04:05")
 	_, err = r.clients.scheduler.CreateSchedule(ctx, &scheduler.CreateScheduleInput{
 		Name: aws.String(b.scheduleName(id)), GroupName: aws.String(b.config.ScheduleGroup), ClientToken: aws.String(b.token(id)),
 		Description:                aws.String(fmt.Sprintf("Compute bridge %s: the deadline of %s, instance %s", b.env.BridgeID, b.instanceName(id), instanceID)),

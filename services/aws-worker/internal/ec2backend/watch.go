@@ -136,13 +136,14 @@ func (b *Backend) exitOfGuest(ctx context.Context, r *region, i instance) backen
 // 10:11:12 GMT)".
 var transitionTime = regexp.MustCompile(`\((\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2}) GMT\)`)
 
-// endedAt is when an instance that runs no more ended, as EC2 tells; now if it
-// doesn't.
+// endedAt is when an instance that runs no more ended, as EC2 tells, now if it
+// doesn't. EC2 tells the second: it is the end of that.
 func (i instance) endedAt() time.Time {
+	now := time.Now().UTC()
 	if m := transitionTime.FindStringSubmatch(i.transition); m != nil {
-		if at, err := time.Parse(time.DateTime, m[1]); err == nil && !at.Before(i.launched.Truncate(time.Second)) {
-			return at.UTC()
+		if at, err := time.Parse(time.DateTime, m[1]); err == nil && at.Add(time.Second).After(i.launched) && at.Before(now) {
+			return earlier(at.Add(time.Second).UTC(), now)
 		}
 	}
-	return time.Now().UTC()
+	return now
 }

@@ -16,8 +16,8 @@ func TestEndIsWhenEC2SaysItWas(t *testing.T) {
 		transition string
 		want       time.Time // zero: now
 	}{
-		{"User initiated (2026-11-22 10:11:12 GMT)", time.Date(2026, 11, 22, 10, 11, 12, 0, time.UTC)},
-		{"Server.SpotInstanceTermination: Spot instance termination (2026-11-22 09:00:00 GMT)", time.Date(2026, 11, 22, 9, 0, 0, 0, time.UTC)},
+		{"User initiated (2026-11-22 10:11:12 GMT)", time.Date(2026, 11, 22, 10, 11, 13, 0, time.UTC)},
+		{"Server.SpotInstanceTermination: Spot instance termination (2026-11-22 09:00:00 GMT)", time.Date(2026, 11, 22, 9, 0, 1, 0, time.UTC)},
 		{"User initiated (2026-11-22 08:00:00 GMT)", time.Time{}}, // before its launch
 		{"User initiated", time.Time{}},
 		{"", time.Time{}},
