@@ -221,6 +221,14 @@ lab-down: ## Destroy the lab hosts
 demo: prerequisites build ## A grant from the router to a container on a lab host, end to end (KEEP=1: leave it running)
 	@bin/demo $(if $(KEEP),-keep)
 
+# The real AWS. It costs money and wants to be told so: docs/aws.md.
+.PHONY: live-aws
+live-aws: ## Check the AWS worker against AWS itself (CONFIG=worker.toml IMAGE=sha256:HEX; CLEAN=1; costs money)
+	@mkdir -p bin
+	@$(call go_build,services/aws-worker,live-aws,./cmd/live-aws)
+	@bin/live-aws $(if $(CONFIG),-config '$(CONFIG)') $(if $(IMAGE),-image '$(IMAGE)') \
+		$(if $(CLEAN),-clean) $(if $(filter 1,$(LIVE_AWS_I_WILL_PAY)),-i-will-pay)
+
 # --- Containers, for development --------------------------------------------
 
 # Files of .dev belong to whoever runs this, and so do the containers' processes.
