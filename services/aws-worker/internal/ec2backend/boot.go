@@ -175,7 +175,7 @@ func (c *clients) probeLaunch(ctx context.Context, r *regionClients) (*ec2.RunIn
 	}
 	disk := &types.EbsBlockDevice{
 		DeleteOnTermination: aws.Bool(true), Encrypted: aws.Bool(true), VolumeType: types.VolumeType(c.config.VolumeType),
-		VolumeSize: aws.Int32(int32(min(max(image.MinDiskGiB, c.config.ExtraDiskGiB), maxVolumeGiB))),
+		VolumeSize: aws.Int32(int32(min(max(image.MinDiskGiB, c.config.ExtraDiskGiB), maxVolumeGiB))), //nolint:gosec // at most maxVolumeGiB
 	}
 	if c.config.KMSKey != "" {
 		disk.KmsKeyId = aws.String(c.config.KMSKey)

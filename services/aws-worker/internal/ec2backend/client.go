@@ -22,6 +22,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/service/scheduler"
 	"github.com/aws/aws-sdk-go-v2/service/ssm"
 	"github.com/aws/aws-sdk-go-v2/service/sts"
+	"github.com/aws/smithy-go/logging"
 	smithymiddleware "github.com/aws/smithy-go/middleware"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/time/rate"
@@ -104,6 +105,7 @@ func newClients(ctx context.Context, c Config, env worker.Env) (*clients, error)
 	loaded.HTTPClient = &http.Client{Transport: out.transport, CheckRedirect: func(*http.Request, []*http.Request) error {
 		return http.ErrUseLastResponse // no API sends us elsewhere
 	}}
+	loaded.Logger = sdkLog{env.Log, context.WithoutCancel(ctx)}
 	if loaded.Credentials != nil {
 		loaded.Credentials = credentialsProvider{loaded.Credentials}
 	}
@@ -224,6 +226,21 @@ func (p credentialsProvider) Retrieve(ctx context.Context) (aws.Credentials, err
 	return found, err
 }
 
+// sdkLog is where the SDK's own warnings go.
+type sdkLog struct {
+	log  *slog.Logger
+	life context.Context //nolint:containedctx // the SDK gives none to its logger
+}
+
+// Logf implements logging.Logger.
+func (l sdkLog) Logf(class logging.Classification, format string, args ...any) {
+	level := slog.LevelDebug
+	if class == logging.Warn {
+		level = slog.LevelWarn
+	}
+	l.log.Log(l.life, level, "The AWS SDK says something", "text", fmt.Sprintf(format, args...))
+}
+
 // retryStep is the SDK's step that repeats a call.
 const retryStep = "Retry"
 
@@ -272,7 +289,7 @@ func oneAttempt(r *regionClients, metrics *callMetrics) smithymiddleware.Finaliz
 		defer cancel()
 		out, metadata, err = next.HandleFinalize(bounded, in)
 		if err != nil && bounded.Err() != nil && ctx.Err() == nil && codeOf(err) == "" {
-			err = &attemptTimeout{r.timeout}
+			err = &attemptTimeoutError{r.timeout}
 		}
 		if skew, ok := awsmiddleware.GetAttemptSkew(metadata); ok {
 			record.skew = skew
@@ -292,7 +309,7 @@ func resultOf(err error) string {
 	if code := codeOf(err); code != "" {
 		return code
 	}
-	if _, ok := errors.AsType[*attemptTimeout](err); ok {
+	if _, ok := errors.AsType[*attemptTimeoutError](err); ok {
 		return "timeout"
 	}
 	if _, ok := errors.AsType[*credentialsError](err); ok {

@@ -295,15 +295,6 @@ func codeOf(err error) string {
 	return ""
 }
 
-// isCapacity reports whether a code says that another zone or type may do.
-func isCapacity(code string) bool {
-	row, ok := known(vendorErrors, code)
-	if !ok {
-		row, ok = known(stateReasons, code)
-	}
-	return ok && row.effect == capacity
-}
-
 // refused reports whether an error proves that the call did nothing.
 func refused(err error) bool {
 	if err == nil {
@@ -437,7 +428,7 @@ func status(err error) int {
 
 // isTransport reports whether an error comes from the way to AWS.
 func isTransport(err error) bool {
-	if _, ok := errors.AsType[*attemptTimeout](err); ok {
+	if _, ok := errors.AsType[*attemptTimeoutError](err); ok {
 		return true
 	}
 	if _, ok := errors.AsType[*smithyhttp.RequestSendError](err); ok {
@@ -479,13 +470,13 @@ type notSentError struct{ err error }
 func (e *notSentError) Error() string { return fmt.Sprintf("not sent: %v", e.err) }
 func (e *notSentError) Unwrap() error { return e.err }
 
-// attemptTimeout is the end of one attempt, and not of its caller's patience.
-type attemptTimeout struct{ after time.Duration }
+// attemptTimeoutError is the end of one attempt, and not of its caller's patience.
+type attemptTimeoutError struct{ after time.Duration }
 
-func (e *attemptTimeout) Error() string { return fmt.Sprintf("no answer within %s", e.after) }
+func (e *attemptTimeoutError) Error() string { return fmt.Sprintf("no answer within %s", e.after) }
 
 // RetryableError makes the SDK try again.
-func (e *attemptTimeout) RetryableError() bool { return true }
+func (e *attemptTimeoutError) RetryableError() bool { return true }
 
 // credentialsError is of credentials that can't be had.
 type credentialsError struct{ err error }

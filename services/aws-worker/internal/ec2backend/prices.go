@@ -5,12 +5,6 @@ import (
 	"strings"
 )
 
-// priceDate is when the built-in prices were taken from AWS's public list,
-// https://aws.amazon.com/ec2/pricing/on-demand/ (Linux, shared tenancy, without
-// taxes). They only decide which of several types is tried first; [[price]] in
-// the configuration comes before them.
-const priceDate = "2025-06"
-
 // familyPrice is the price per hour, in US dollars, of a family's size large in
 // a region. The other sizes of a family cost in proportion.
 type familyPrice struct {
@@ -18,7 +12,10 @@ type familyPrice struct {
 	large          float64
 }
 
-// familyPrices are the built-in ones. A region that isn't here takes those of
+// familyPrices are the built-in ones: on-demand, Linux, shared tenancy, without
+// taxes, as of June 2025, from https://aws.amazon.com/ec2/pricing/on-demand/.
+// They only decide which of several types is tried first, on the spot market,
+// too; [[backend.price]] in the configuration comes before them. A region that isn't here takes those of
 // us-east-1: prices differ between regions by much the same factor for all
 // families, so the order is right though the figures aren't.
 var familyPrices = []familyPrice{
