@@ -72,6 +72,8 @@ type image struct {
 	ReadOnly bool
 	// MountedPasswd mounts a file over /etc/passwd, as podman does: it can then be written but not replaced.
 	MountedPasswd bool
+	// Machine runs it as a virtual machine's unit does, not as a container.
+	Machine bool
 }
 
 // containerSpec is what the child needs to know.
@@ -154,7 +156,11 @@ func becomeContainer(text string) error {
 	if failed != nil {
 		return failed
 	}
-	return unix.Exec(guestapi.ContainerBinaryPath, []string{"guest", "init", "-config", guestapi.ContainerConfigPath}, spec.Env)
+	command := []string{"guest", "init", "-config", guestapi.ContainerConfigPath}
+	if spec.Image.Machine {
+		command = []string{"guest", "machine", "run"}
+	}
+	return unix.Exec(guestapi.ContainerBinaryPath, command, spec.Env)
 }
 
 // distro is an image like any distribution's.

@@ -572,6 +572,9 @@ func TestHostHelpers(t *testing.T) {
 		"nothing":       {nil, "", "guest spool -dir DIR", 2},
 		"unknown":       {[]string{"destroy"}, "", `unknown command "destroy"`, 2},
 		"unknown flag":  {[]string{"spool", "-force"}, "", "not defined: -force", 2},
+		"machine":       {[]string{"machine"}, "", "guest machine: prepare, run, ready or end?", 2},
+		"machine what":  {[]string{"machine", "destroy"}, "", `unknown command "machine destroy"`, 2},
+		"machine flag":  {[]string{"machine", "end", "-now"}, "", "not defined: -now", 2},
 		"spool no unit": {[]string{"spool", "-dir", t.TempDir()}, "", "no name of a service unit", 1},
 		"spool nft":     {[]string{"spool", "-dir", t.TempDir(), "-unit", "a.service", "-table", "x; flush ruleset"}, "", "no name of a table", 1},
 	} {

@@ -10,6 +10,20 @@
 // and the SSH sessions through the environment of the container; [Config.Environment] is laid over it. The container
 // ends when the workload does, with the workload's exit code. An image without a command lives until it is stopped.
 //
+// # How a worker runs the guest in a virtual machine
+//
+// The worker writes a [Machine] with [EncodeMachine] and hands it, with where the guest binary is, to pkg/userdata, whose
+// text turns a cloud's stock image into the grant's instance. There the guest fetches the image, checks and unpacks it,
+// and runs it in a root directory of its own by the same code as in a container. SSH is open only when the workload
+// runs, so a handshake with the expected host key says that the instance is ready. How it fared otherwise is on the
+// machine's console, see [FindVerdict]. A reboot starts the same workload in the same root directory. What a workload
+// has written is kept; hosts, hostname and resolv.conf below /etc are written anew.
+//
+// The workload has the capabilities that container engines give, no devices, and a view of processes that it shares
+// with the machine; systemd, its bus and the metadata service at the link-local address are out of its reach. That is
+// order, not a wall: the machine has one tenant, and nothing in it is worth more than what the tenant already has. Its
+// user-data holds this one instance's host key and, while it is valid, the URL of the tenant's own image.
+//
 // # What a requester gets
 //
 // The keys of the configuration log in as [Config.User] and as root. The user is added to the image's user database; if
