@@ -104,7 +104,7 @@ type recipe struct {
 	packages       []string
 	masked         []string
 	enabled        []string // units that the packages leave off
-	size           string // for people
+	size           string   // for people
 }
 
 // RootFS returns the directory of the root file system that all lab hosts share

@@ -55,15 +55,15 @@ func (c *console) read() {
 	buffer := make([]byte, 4096)
 	for {
 		n, err := c.master.Read(buffer)
-		c.print(string(buffer[:n]))
+		c.show(string(buffer[:n]))
 		if err != nil {
 			return // it was closed
 		}
 	}
 }
 
-// print adds to what was shown.
-func (c *console) print(text string) {
+// show adds to what was shown.
+func (c *console) show(text string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.shown = append(c.shown, text...)

@@ -17,12 +17,13 @@ func testLease() lease {
 
 // message is a client's.
 func message(mac net.HardwareAddr, options ...byte) []byte {
-	m := make([]byte, headerSize)
+	m := make([]byte, headerSize+len(options))
 	m[0], m[1], m[2] = bootRequest, 1, byte(len(mac))
 	binary.BigEndian.PutUint32(m[4:], 0xdecade)
 	copy(m[28:], mac)
 	binary.BigEndian.PutUint32(m[236:], magic)
-	return append(m, options...)
+	copy(m[headerSize:], options)
+	return m
 }
 
 func TestAMachineIsTheOnlyOneWhomItsLeaseIsGivenTo(t *testing.T) {

@@ -22,12 +22,13 @@ func newTestIMDS(now *time.Time) *imds {
 	}
 }
 
-// ask sends a request with headers in pairs.
+// ask sends a request with headers, "name: value".
 func ask(t *testing.T, s http.Handler, method, path string, headers ...string) *httptest.ResponseRecorder {
 	t.Helper()
 	request := httptest.NewRequestWithContext(t.Context(), method, path, http.NoBody)
-	for i := 0; i < len(headers); i += 2 {
-		request.Header.Set(headers[i], headers[i+1])
+	for _, header := range headers {
+		name, value, _ := strings.Cut(header, ": ")
+		request.Header.Set(name, value)
 	}
 	recorder := httptest.NewRecorder()
 	s.ServeHTTP(recorder, request)
@@ -45,11 +46,11 @@ func TestMetadataTakesATokenThatStillHolds(t *testing.T) {
 		want               int
 	}{
 		{"no token", "GET", file, nil, 401},
-		{"no such token", "GET", file, []string{tokenHeader, "nonsense"}, 401},
+		{"no such token", "GET", file, []string{tokenHeader + ": nonsense"}, 401},
 		{"a token without a life", "PUT", "/latest/api/token", nil, 400},
-		{"a token with too long a life", "PUT", "/latest/api/token", []string{ttlHeader, "21601"}, 400},
-		{"a token for somebody behind a proxy", "PUT", "/latest/api/token", []string{ttlHeader, "60", "X-Forwarded-For", "10.0.0.1"}, 403},
-		{"a token by GET", "GET", "/latest/api/token", []string{ttlHeader, "60"}, 405},
+		{"a token with too long a life", "PUT", "/latest/api/token", []string{ttlHeader + ": 21601"}, 400},
+		{"a token for somebody behind a proxy", "PUT", "/latest/api/token", []string{ttlHeader + ": 60", "X-Forwarded-For: 10.0.0.1"}, 403},
+		{"a token by GET", "GET", "/latest/api/token", []string{ttlHeader + ": 60"}, 405},
 		{"metadata by POST", "POST", file, nil, 405},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -59,12 +60,12 @@ func TestMetadataTakesATokenThatStillHolds(t *testing.T) {
 			}
 		})
 	}
-	token := ask(t, s, "PUT", "/latest/api/token", ttlHeader, "60").Body.String()
-	if got := ask(t, s, "GET", file, tokenHeader, token); got.Code != 200 || got.Body.String() != "i-0123456789abcdef0" {
+	token := ask(t, s, "PUT", "/latest/api/token", ttlHeader+": 60").Body.String()
+	if got := ask(t, s, "GET", file, tokenHeader+": "+token); got.Code != 200 || got.Body.String() != "i-0123456789abcdef0" {
 		t.Errorf("with a token: %d %q", got.Code, got.Body)
 	}
 	now = now.Add(61 * time.Second)
-	if got := ask(t, s, "GET", file, tokenHeader, token); got.Code != 401 {
+	if got := ask(t, s, "GET", file, tokenHeader+": "+token); got.Code != 401 {
 		t.Errorf("after the token's life: %d", got.Code)
 	}
 }
@@ -73,7 +74,7 @@ func TestMetadataIsATree(t *testing.T) {
 	t.Parallel()
 	now := time.Unix(1_800_000_000, 0)
 	s := newTestIMDS(&now)
-	token := ask(t, s, "PUT", "/latest/api/token", ttlHeader, "60").Body.String()
+	token := ask(t, s, "PUT", "/latest/api/token", ttlHeader+": 60").Body.String()
 	for _, tc := range []struct{ path, want string }{
 		{"/latest/", "dynamic/\nmeta-data/\nuser-data"},
 		{"/latest/meta-data/placement", "availability-zone\nregion"},
@@ -84,12 +85,12 @@ func TestMetadataIsATree(t *testing.T) {
 		{"/latest/user-data", "\x1f\x8b\x00"},
 		{"/latest/dynamic/instance-identity/", "document"},
 	} {
-		if got := ask(t, s, "GET", tc.path, tokenHeader, token); got.Code != 200 || got.Body.String() != tc.want {
+		if got := ask(t, s, "GET", tc.path, tokenHeader+": "+token); got.Code != 200 || got.Body.String() != tc.want {
 			t.Errorf("%s: %d %q, want %q", tc.path, got.Code, got.Body, tc.want)
 		}
 	}
 	for _, path := range []string{"/", "/1.0/meta-data/", "/latest/meta-data/public-keys/", "/latest/meta-data/iam/", "/latest/meta"} {
-		if got := ask(t, s, "GET", path, tokenHeader, token); got.Code != 404 {
+		if got := ask(t, s, "GET", path, tokenHeader+": "+token); got.Code != 404 {
 			t.Errorf("%s: %d %q, want 404", path, got.Code, got.Body)
 		}
 	}

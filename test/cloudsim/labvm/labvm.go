@@ -207,7 +207,7 @@ func (m *Machine) watch(ctx context.Context) {
 				m.mu.Unlock()
 				continue
 			}
-			m.console.print(fmt.Sprintf("\nThe machine doesn't boot again: %v\n", err))
+			m.console.show(fmt.Sprintf("\nThe machine doesn't boot again: %v\n", err))
 		}
 		m.closeServices()
 		close(m.off)
@@ -216,8 +216,13 @@ func (m *Machine) watch(ctx context.Context) {
 	}
 }
 
-// Host is the lab host behind the machine, to look into.
-func (m *Machine) Host() *lab.Host { return m.host }
+// Host is the lab host behind the machine as it is in this boot, to look into.
+func (m *Machine) Host() *lab.Host {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	host := *m.host // watch changes the other
+	return &host
+}
 
 // Addr implements [cloudsim.Machine].
 func (m *Machine) Addr() netip.Addr { return m.host.Addr }

@@ -226,7 +226,7 @@ func TestAConsoleKeepsWhatWasShownLast(t *testing.T) {
 		if time.Now().After(until) {
 			t.Fatal("the end isn't shown")
 		}
-		time.Sleep(time.Millisecond)
+		<-time.After(time.Millisecond)
 	}
 	if err := c.close(); err != nil {
 		t.Error(err)

@@ -32,7 +32,7 @@ func serve(l *lab.Lab, host *lab.Host, boot cloudsim.Boot) (*services, error) {
 		var config net.ListenConfig
 		var err error
 		// The context of a listener is for names, and this is an address.
-		listener, err = config.Listen(context.Background(), "tcp", netip.AddrPortFrom(imdsAddr(), 80).String()) //nolint:forbidigo // See above.
+		listener, err = config.Listen(context.Background(), "tcp", netip.AddrPortFrom(imdsAddr(), 80).String())
 		return err
 	})
 	if err != nil {
@@ -86,7 +86,7 @@ func listenDHCP(l *lab.Lab) (net.PacketConn, error) {
 			})
 			return errors.Join(append(errs, err)...)
 		}}
-		conn, err = config.ListenPacket(context.Background(), "udp4", ":67") //nolint:forbidigo // It is for names, and this is none.
+		conn, err = config.ListenPacket(context.Background(), "udp4", ":67")
 		return err
 	})
 	return conn, err
