@@ -109,7 +109,7 @@ func newClients(ctx context.Context, c Config, env worker.Env) (*clients, error)
 	if loaded.Credentials != nil {
 		loaded.Credentials = credentialsProvider{loaded.Credentials}
 	}
-	loaded.Retryer = newRetryer
+	loaded.Retryer = func() aws.Retryer { return newRetryer(c.retryBackoff) }
 	if c.Endpoint != "" {
 		loaded.BaseEndpoint = aws.String(c.Endpoint)
 	}
@@ -197,9 +197,12 @@ func tooSkewed(d time.Duration) bool { return d.Abs() > maxSkew }
 
 // newRetryer is the SDK's standard one without what another try at once doesn't
 // mend: a stock-out, a quota.
-func newRetryer() aws.Retryer {
+func newRetryer(backoff time.Duration) aws.Retryer {
 	return retry.NewStandard(func(o *retry.StandardOptions) {
 		o.MaxAttempts = callAttempts
+		if backoff > 0 {
+			o.MaxBackoff = backoff
+		}
 		settled := retry.IsErrorRetryableFunc(func(err error) aws.Ternary {
 			row, ok := known(vendorErrors, codeOf(err))
 			if ok && (row.effect == capacity || row.reason == backenderr.QuotaExceeded) {

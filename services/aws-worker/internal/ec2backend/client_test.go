@@ -52,6 +52,7 @@ func validConfig(t *testing.T, endpoint string) Config {
 	c.Guest.AMD64 = GuestBinary{SHA256: strings.Repeat("ab", 32), URL: "https://store.example/guest"}
 	c.ImageStore.Base = "https://store.example/images"
 	c.APILimits = []APILimitConfig{{Action: anyAction, Burst: maxRate, PerSecond: maxRate}}
+	c.retryBackoff = 10 * time.Millisecond
 	return c
 }
 

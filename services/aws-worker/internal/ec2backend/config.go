@@ -87,6 +87,9 @@ type Config struct {
 
 	// Prices come before the prices that the worker has built in.
 	Prices []PriceConfig `toml:"price"`
+
+	// For tests, which wait for repeated calls.
+	retryBackoff time.Duration // 0: the SDK's
 }
 
 // RegionConfig is a region.
