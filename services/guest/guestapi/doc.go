@@ -19,10 +19,10 @@
 // machine's console, see [FindVerdict]. A reboot starts the same workload in the same root directory. What a workload
 // has written is kept; hosts, hostname and resolv.conf below /etc are written anew.
 //
-// The workload has the capabilities that container engines give, no devices, and a view of processes that it shares
-// with the machine; systemd, its bus and the metadata service at the link-local address are out of its reach. That is
-// order, not a wall: the machine has one tenant, and nothing in it is worth more than what the tenant already has. Its
-// user-data holds this one instance's host key and, while it is valid, the URL of the tenant's own image.
+// The workload has the capabilities that container engines give, no devices, no way to the metadata service at the
+// link-local address, and neither systemd's socket nor its bus in its root directory. It shares the machine's process
+// ids, though: that is order, not a wall. The machine has one tenant, and nothing in it is worth more than what the tenant
+// already has: its user-data holds this one instance's host key and, while it is valid, the URL of the tenant's image.
 //
 // # What a requester gets
 //
