@@ -467,4 +467,3 @@ func TestCredentialsAreNotInErrors(t *testing.T) {
 		t.Errorf("%q, want %q", text, want)
 	}
 }
-
