@@ -74,7 +74,7 @@ func (r *recorder) Failed() bool {
 }
 
 // record runs one case and returns its failures.
-func record(t *testing.T, open func(testing.TB) *Fixture, name string, m mode) []string {
+func record(t *testing.T, open func(testing.TB) *Fixture, name string) []string {
 	t.Helper()
 	all := cases()
 	n := slices.IndexFunc(all, func(c testCase) bool { return c.name == name })
@@ -94,7 +94,7 @@ func record(t *testing.T, open func(testing.TB) *Fixture, name string, m mode) [
 				last()
 			}
 		}()
-		runCase(r, Harness{Open: open, Sweep: Sweep{Parallel: 8}}, all[n], m, &report{})
+		runCase(r, Harness{Open: open, Sweep: Sweep{Parallel: 8}}, all[n], direct, &report{})
 	}()
 	<-done
 	return r.failures
@@ -693,7 +693,7 @@ func TestBrokenBackendsAreCaught(t *testing.T) {
 				// that shows only then may hide from one run, not from several.
 				tries := 0
 				for ; tries < 12 && len(failures) == 0; tries++ {
-					failures = record(t, hasty(b.patience, openFake(plain, b.breakage)), c, direct)
+					failures = record(t, hasty(b.patience, openFake(plain, b.breakage)), c)
 				}
 				if len(failures) == 0 {
 					t.Errorf("%q doesn't notice", c)
@@ -714,7 +714,7 @@ func TestSlowDeletionIsNoBug(t *testing.T) {
 		"terminate/leaves nothing and tells what was used", "terminate/works after a restart",
 	} {
 		sound := slowlyDeleting()
-		for _, failure := range record(t, hasty(sound.patience, openFake(plain, sound)), c, direct) {
+		for _, failure := range record(t, hasty(sound.patience, openFake(plain, sound)), c) {
 			t.Errorf("%s: %s", c, failure)
 		}
 	}
@@ -776,10 +776,10 @@ func TestTheTimeToReconnectIsGiven(t *testing.T) {
 	for _, c := range []string{
 		"errors/a short fault is survived or told", "errors/an answer lost for good", "errors/clean-up that isn't confirmed is unknown", "errors/no secret of the grant is told",
 	} {
-		if failures := record(t, losing(time.Minute), c, direct); len(failures) > 0 {
+		if failures := record(t, losing(time.Minute), c); len(failures) > 0 {
 			t.Errorf("%s, with the time to reconnect: %q", c, failures)
 		}
-		if failures := record(t, losing(0), c, direct); len(failures) == 0 {
+		if failures := record(t, losing(0), c); len(failures) == 0 {
 			t.Errorf("%s: a backend that may lose no connection lost one, and nobody noticed", c)
 		}
 	}
@@ -804,7 +804,7 @@ func TestAClosureIsSeenWhereTheFirstCallCreates(t *testing.T) {
 			}
 		}
 		return f
-	}, "provision/a closure by another process is seen before anything is made", direct)
+	}, "provision/a closure by another process is seen before anything is made")
 	if len(failures) > 0 {
 		t.Errorf("%q", failures)
 	}
@@ -829,7 +829,7 @@ func TestNothingIsLeftOutSilently(t *testing.T) {
 			f := open(t)
 			take(f)
 			return f
-		}, "crash/during Provision, which is then retried", direct)
+		}, "crash/during Provision, which is then retried")
 		if len(failures) != 1 || !strings.Contains(failures[0], "no "+name) {
 			t.Errorf("without %s: %q", name, failures)
 		}
