@@ -42,6 +42,20 @@ func (j mortalJournal) Gone(ctx context.Context, id backend.GrantID, attempt uin
 	return j.inner.Gone(ctx, id, attempt)
 }
 
+func (j mortalJournal) Resume(ctx context.Context, id backend.GrantID, attempt uint32) (worker.Attempt, error) {
+	if err := j.alive(); err != nil {
+		return worker.Attempt{}, err
+	}
+	return j.inner.Resume(ctx, id, attempt)
+}
+
+func (j mortalJournal) End(ctx context.Context, a worker.Attempt) error {
+	if err := j.alive(); err != nil {
+		return err
+	}
+	return j.inner.End(ctx, a)
+}
+
 func (j mortalJournal) Attempts(ctx context.Context, id backend.GrantID) ([]worker.Attempt, error) {
 	if err := j.alive(); err != nil {
 		return nil, err

@@ -24,6 +24,11 @@ type Attempt struct {
 	CreatedAt time.Time
 	// GoneAt is when it was confirmed gone, zero before.
 	GoneAt time.Time
+	// ResumedAt is when a process last took it up that had not begun it, zero if
+	// none did. It is another one each time.
+	ResumedAt time.Time
+	// EndingAt is when a process first said that it undoes it, zero before.
+	EndingAt time.Time
 }
 
 // AttemptParams is what an attempt was begun with and keeps for ever.
@@ -38,22 +43,27 @@ type AttemptParams struct {
 	Fence uint64
 }
 
-const attemptColumns = `request_id, attempt, content_hash, params, placement, state, created_at, gone_at`
+const attemptColumns = `request_id, attempt, content_hash, params, placement, state, created_at, gone_at, resumed_at, ending_at`
 
 func scanAttempt(row scanner) (Attempt, error) {
 	var a Attempt
 	var number, createdAt int64
 	var state string
-	var goneAt sql.NullInt64
-	err := row.Scan(scan32{(*[32]byte)(&a.RequestID)}, &number, scan32{&a.ContentHash}, &a.Params, &a.Placement, &state, &createdAt, &goneAt)
+	var goneAt, resumedAt, endingAt sql.NullInt64
+	err := row.Scan(scan32{(*[32]byte)(&a.RequestID)}, &number, scan32{&a.ContentHash}, &a.Params, &a.Placement, &state, &createdAt, &goneAt, &resumedAt, &endingAt)
 	if err != nil {
 		return Attempt{}, err
 	}
 	a.Number, a.Open, a.CreatedAt = uint32(number), state == "open", timeOf(createdAt) //nolint:gosec // A constraint bounds it.
-	if goneAt.Valid {
-		a.GoneAt = timeOf(goneAt.Int64)
-	}
+	a.GoneAt, a.ResumedAt, a.EndingAt = timeOrNever(goneAt), timeOrNever(resumedAt), timeOrNever(endingAt)
 	return a, nil
+}
+
+func timeOrNever(at sql.NullInt64) time.Time {
+	if !at.Valid {
+		return time.Time{}
+	}
+	return timeOf(at.Int64)
 }
 
 // over reports whether the grant has a closure or a final log.
@@ -137,14 +147,110 @@ func (l *Ledger) MarkGone(ctx context.Context, id RequestID, number uint32) erro
 		if err != nil || gone {
 			return err
 		}
-		_, err = scanAttempt(tx.QueryRowContext(ctx,
-			`SELECT `+attemptColumns+` FROM intents WHERE request_id = ? AND attempt = ?`, id[:], int64(number)))
+		_, err = attempt(ctx, tx, id, number)
 		return err
 	})
 	if err != nil {
 		return fmt.Errorf("mark attempt gone: %w", err)
 	}
 	return nil
+}
+
+// ResumeAttempt records that a process takes up an open attempt which another
+// may be at, too, and returns it as it is stored then. From then on nobody ends
+// it who has not seen that ([Ledger.EndAttempt]). An attempt that is being ended
+// or is gone is [ErrConflict], that of a grant which is closed or ended
+// [ErrClosed], and one that was never begun [ErrNotFound]. When the answer is
+// lost the caller asks again.
+func (l *Ledger) ResumeAttempt(ctx context.Context, id RequestID, number uint32) (a Attempt, err error) {
+	err = l.update(ctx, id, func(ctx context.Context, tx *sql.Tx) error {
+		if a, err = attempt(ctx, tx, id, number); err != nil {
+			return err
+		}
+		ended, err := over(ctx, tx, id)
+		switch {
+		case err != nil:
+			return err
+		case ended:
+			return ErrClosed
+		case !a.Open:
+			return fmt.Errorf("%w: attempt %d is gone", ErrConflict, number)
+		case !a.EndingAt.IsZero():
+			return fmt.Errorf("%w: attempt %d is being ended", ErrConflict, number)
+		}
+		// Clocks differ, and two may come at the same time.
+		now := timeOf(micros(time.Now()))
+		if next := a.ResumedAt.Add(time.Microsecond); !a.ResumedAt.IsZero() && now.Before(next) {
+			now = next
+		}
+		a.ResumedAt = now
+		_, err = tx.ExecContext(ctx, `UPDATE intents SET resumed_at = ? WHERE request_id = ? AND attempt = ?`,
+			micros(now), id[:], int64(number))
+		return err
+	})
+	if err != nil {
+		return Attempt{}, fmt.Errorf("resume attempt: %w", err)
+	}
+	return a, nil
+}
+
+// End says which attempt is ended, and what who ends it knows.
+type End struct {
+	// RequestID is the grant's identity.
+	RequestID RequestID
+	// Number is the attempt's.
+	Number uint32
+	// ResumedAt is the attempt's as the caller knows it.
+	ResumedAt time.Time
+	// Unanswered ends only an attempt that has no instance, which is one that
+	// nobody was told of.
+	Unanswered bool
+}
+
+// EndAttempt records that a process undoes an attempt: it is never resumed
+// again, and no instance is put for it. It returns [ErrConflict] when the
+// attempt was resumed since the caller looked, so that somebody else is at it,
+// or when the caller wants one without an instance and it has one. An attempt
+// of a grant that is closed or ended is everybody's to undo, and so is one that
+// is being ended already or is gone. One that was never begun is [ErrNotFound].
+func (l *Ledger) EndAttempt(ctx context.Context, e End) error {
+	id := e.RequestID
+	err := l.update(ctx, id, func(ctx context.Context, tx *sql.Tx) error {
+		a, err := attempt(ctx, tx, id, e.Number)
+		if err != nil || !a.Open || !a.EndingAt.IsZero() {
+			return err
+		}
+		ended, err := over(ctx, tx, id)
+		if err != nil {
+			return err
+		}
+		if !ended {
+			if !a.ResumedAt.Equal(e.ResumedAt) {
+				return fmt.Errorf("%w: attempt %d was resumed", ErrConflict, e.Number)
+			}
+			var answers int64
+			err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM instances WHERE request_id = ? AND attempt = ?`, id[:], int64(e.Number)).Scan(&answers)
+			if err != nil {
+				return err
+			}
+			if e.Unanswered && answers > 0 {
+				return fmt.Errorf("%w: attempt %d is ready", ErrConflict, e.Number)
+			}
+		}
+		_, err = tx.ExecContext(ctx, `UPDATE intents SET ending_at = ? WHERE request_id = ? AND attempt = ?`,
+			micros(time.Now()), id[:], int64(e.Number))
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("end attempt: %w", err)
+	}
+	return nil
+}
+
+// attempt reads one attempt.
+func attempt(ctx context.Context, q querier, id RequestID, number uint32) (Attempt, error) {
+	return scanAttempt(q.QueryRowContext(ctx,
+		`SELECT `+attemptColumns+` FROM intents WHERE request_id = ? AND attempt = ?`, id[:], int64(number)))
 }
 
 // Attempts returns all attempts of a grant in the order of their numbers; none

@@ -17,6 +17,10 @@
 //     a retry sends the very same ones. At most one attempt of a grant is open;
 //     numbers are 1, 2, 3, ... without gaps; an attempt goes from open to gone
 //     and never back; none begins once the grant is closed or has a final log.
+//     A process that takes up another's attempt, and one that undoes it, each
+//     say so first ([Ledger.ResumeAttempt], [Ledger.EndAttempt]): who undoes an
+//     attempt must have seen the last time it was taken up, and what is being
+//     undone is never taken up again.
 //   - closures: put if absent, never changed, never removed. A grant may be
 //     closed that was never seen: whatever arrives later for it is refused.
 //   - compute_logs: an interim log is replaced only by one with a higher

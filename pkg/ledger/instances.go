@@ -35,18 +35,20 @@ func scanInstance(row scanner) (Instance, error) {
 // PutInstance stores i when its attempt has no instance yet, and returns the
 // one that is stored and whether it is this one. The caller answers with the
 // stored one, so that every retry is answered with the same bytes. For an
-// attempt that is gone it returns [ErrConflict]: another process has undone it.
+// attempt that is gone, or is being ended, it returns [ErrConflict]: another
+// process undoes it.
 func (l *Ledger) PutInstance(ctx context.Context, i Instance) (stored Instance, created bool, err error) {
 	i.ReadyAt = orNow(i.ReadyAt)
 	err = l.update(ctx, i.RequestID, func(ctx context.Context, tx *sql.Tx) error {
 		var gone int64
-		err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM intents WHERE request_id = ? AND attempt = ? AND state = 'gone'`,
+		err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM intents
+			WHERE request_id = ? AND attempt = ? AND (state = 'gone' OR ending_at IS NOT NULL)`,
 			i.RequestID[:], int64(i.Attempt)).Scan(&gone)
 		if err != nil {
 			return err
 		}
 		if gone > 0 {
-			return fmt.Errorf("%w: attempt %d is gone", ErrConflict, i.Attempt)
+			return fmt.Errorf("%w: attempt %d is gone, or is being ended", ErrConflict, i.Attempt)
 		}
 		created, err = changed(tx.ExecContext(ctx, `INSERT INTO instances (request_id, attempt, body, ready_at)
 			VALUES (?, ?, ?, ?) ON CONFLICT (request_id, attempt) DO NOTHING`,

@@ -632,7 +632,7 @@ func testLawsAreHeldByTheDatabaseItself(t *testing.T, s store) {
 	h9 := s.bytes(id(9).String())
 	none, some, more := s.bytes(""), s.bytes("01"), s.bytes("ff")
 	intent := func(id string, n int, state string) string {
-		return fmt.Sprintf("INSERT INTO intents VALUES (%s, %d, %s, %s, '', '%s', 1, %s)", id, n, h1, none, state,
+		return fmt.Sprintf("INSERT INTO intents (request_id, attempt, content_hash, params, placement, state, created_at, gone_at) VALUES (%s, %d, %s, %s, '', '%s', 1, %s)", id, n, h1, none, state,
 			map[string]string{"open": "NULL", "gone": "1"}[state])
 	}
 	statements := []string{

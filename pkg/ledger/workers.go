@@ -43,11 +43,11 @@ func (l *Ledger) Leave(ctx context.Context, backend, process string) error {
 	return nil
 }
 
-// LastBeat returns when any process last said that it works for a backend, zero
-// if none has, or all have left.
-func (l *Ledger) LastBeat(ctx context.Context, backend string) (time.Time, error) {
+// LastBeat returns when any process but one last said that it works for a
+// backend, zero if none has, or all have left. An empty name leaves out none.
+func (l *Ledger) LastBeat(ctx context.Context, backend, butProcess string) (time.Time, error) {
 	last, err := read(ctx, l, func(ctx context.Context, q querier) (last sql.NullInt64, err error) {
-		err = q.QueryRowContext(ctx, `SELECT MAX(seen_at) FROM workers WHERE backend = ?`, backend).Scan(&last)
+		err = q.QueryRowContext(ctx, `SELECT MAX(seen_at) FROM workers WHERE backend = ? AND process <> ?`, backend, butProcess).Scan(&last)
 		return last, err
 	})
 	if err != nil {

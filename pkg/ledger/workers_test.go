@@ -13,7 +13,7 @@ func testWhoWorksIsKnownUntilItLeaves(t *testing.T, s store) {
 	l := s.open(t)
 	last := func(backend string) time.Time {
 		t.Helper()
-		at, err := l.LastBeat(t.Context(), backend)
+		at, err := l.LastBeat(t.Context(), backend, "")
 		must(t, err)
 		return at
 	}
@@ -35,7 +35,7 @@ func testWhoWorksIsKnownUntilItLeaves(t *testing.T, s store) {
 	must(t, l.Leave(t.Context(), "metal", "a"))
 	// Another process, of the same file, sees the one that is left.
 	other := s.open(t)
-	if at, err := other.LastBeat(t.Context(), "metal"); err != nil || at.Before(first) {
+	if at, err := other.LastBeat(t.Context(), "metal", ""); err != nil || at.Before(first) {
 		t.Errorf("after one has left: %v, %v", at, err)
 	}
 	must(t, other.Leave(t.Context(), "metal", "b"))

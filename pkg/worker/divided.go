@@ -152,7 +152,7 @@ func (r *Runtime) follow(ctx context.Context) error {
 // withOthers adds the ready instances that other replicas keep, as the ledger
 // has them: whichever replica is asked, the list is the worker's.
 func (r *Runtime) withOthers(ctx context.Context, caller backend.Caller, own []backend.Instance) []backend.Instance {
-	if _, divided := r.driver.(Divided); !divided {
+	if !r.hasReplicas() {
 		return own
 	}
 	known := map[backend.GrantID]bool{}

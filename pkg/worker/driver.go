@@ -84,6 +84,32 @@ type Divided interface {
 	Serving() error
 }
 
+// Replicated is a [Driver] of which several replicas run at the same time, each
+// of which can act for every grant. A grant's Provision may come to one while
+// another is at the same attempt, for a caller that has gone or comes no more:
+// the ledger decides whose it is.
+//
+//   - An open attempt that Journal.Begin returns, and has not recorded itself, is
+//     adopted by Journal.Resume. One that is Ending is not: its end is finished
+//     first, as Terminate does it.
+//   - Before Provision undoes an attempt, it says so by Journal.End. Where that
+//     fails with OTHER_REPLICA another replica is at the attempt, and Provision
+//     leaves it as it is and fails with that error.
+//   - Terminate of a grant that isn't closed leaves an attempt alone that is open
+//     and not Ending, as Journal.Attempts tells it after the provider was looked
+//     at. Before the runtime has an attempt undone, it says so by Journal.End
+//     itself.
+//
+// What its replicas ended or made, each replica's runtime follows in the ledger.
+type Replicated interface {
+	Driver
+
+	// ProvisionTimeout is how long a Provision may be at an attempt, its clean-up
+	// included. As long as other replicas live, an attempt that was begun or
+	// resumed since is left alone, whoever died.
+	ProvisionTimeout() time.Duration
+}
+
 // Order is a grant as a driver gets it.
 type Order struct {
 	// Grant, with its region settled: the grant's own or the envelope's hint.
@@ -110,6 +136,9 @@ type Ready struct {
 	User string
 	// HostKey is the instance's host key, in authorized_keys format.
 	HostKey string
+	// ResumedAt is the attempt's, as Provision knows it: of a [Replicated] driver,
+	// for the runtime to take the instance back if nobody waits for it any more.
+	ResumedAt time.Time
 	// Evidence for a TDX grant.
 	Evidence *backend.Evidence
 }
@@ -152,6 +181,20 @@ type Journal interface {
 	// can't be recorded; in both cases nothing may be sent.
 	Begin(ctx context.Context, id backend.GrantID, placement string, params []byte) (Attempt, error)
 
+	// Resume adopts an open attempt that this call has not begun, and returns it
+	// as it is then: whoever else was at it leaves it alone from now on, if it is
+	// still there to adopt. It fails with OPERATION_IN_PROGRESS if the attempt is
+	// being ended or is gone, and with GRANT_ENDED once the grant is closed. It is
+	// for [Replicated] drivers.
+	Resume(ctx context.Context, id backend.GrantID, attempt uint32) (Attempt, error)
+
+	// End says that an attempt, as Begin or Resume returned it, is undone from now
+	// on: nobody resumes it any more or answers with it. It fails with
+	// OTHER_REPLICA if somebody has resumed it since; nothing of it may be touched
+	// then. It is idempotent, and doesn't fail for an attempt that is gone or of a
+	// grant that is closed. It is for [Replicated] drivers.
+	End(ctx context.Context, a Attempt) error
+
 	// Check fails with GRANT_ENDED once the grant is closed. Drivers ask before
 	// each further call that creates.
 	Check(ctx context.Context, id backend.GrantID) error
@@ -186,6 +229,10 @@ type Attempt struct {
 	Params []byte
 	// BeganAt is when the intent was recorded.
 	BeganAt time.Time
+	// ResumedAt is when it was resumed last, zero if it never was.
+	ResumedAt time.Time
+	// Ending is set once somebody has said that it is undone.
+	Ending bool
 	// Gone is set once the attempt is confirmed gone.
 	Gone bool
 	// New is set by Begin for the attempt that this very call recorded.

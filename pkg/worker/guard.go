@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"time"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
@@ -28,10 +29,21 @@ type guardedDivided struct {
 
 var _ Divided = guardedDivided{}
 
-// guard returns a driver whose panics are errors, divided if d is.
+// guardedReplicated is a guarded [Replicated].
+type guardedReplicated struct {
+	guarded
+	replicated Replicated
+}
+
+var _ Replicated = guardedReplicated{}
+
+// guard returns a driver whose panics are errors, divided or replicated if d is.
 func guard(d Driver, log *slog.Logger) Driver {
-	if divided, ok := d.(Divided); ok {
-		return guardedDivided{guarded{d, log}, divided}
+	switch d := d.(type) {
+	case Divided:
+		return guardedDivided{guarded{d, log}, d}
+	case Replicated:
+		return guardedReplicated{guarded{d, log}, d}
 	}
 	return guarded{d, log}
 }
@@ -95,3 +107,6 @@ func (g guardedDivided) Elsewhere(ctx context.Context, id backend.GrantID) (err 
 
 // Serving implements [Divided].
 func (g guardedDivided) Serving() error { return g.divided.Serving() }
+
+// ProvisionTimeout implements [Replicated].
+func (g guardedReplicated) ProvisionTimeout() time.Duration { return g.replicated.ProvisionTimeout() }

@@ -208,7 +208,7 @@ func (r *Runtime) look(ctx context.Context) (look, error) {
 		return look{}, fmt.Errorf("list what exists: %w", err)
 	}
 	l := look{findings: map[backend.GrantID]SweepFinding{}, blind: listing.Blind}
-	if l.beat, err = r.config.Ledger.LastBeat(ctx, r.config.Backend); err != nil {
+	if l.beat, err = r.config.Ledger.LastBeat(ctx, r.config.Backend, ""); err != nil {
 		return look{}, ledgerError(err, "read which workers live")
 	}
 	now := time.Now()
@@ -226,7 +226,7 @@ func (r *Runtime) look(ctx context.Context) (look, error) {
 	}
 	l.looked = len(held)
 	for id, resources := range held {
-		j := judgement{runtime: r, id: id, resources: resources, now: now, attended: now.Sub(l.beat) < 4*r.beatInterval()}
+		j := judgement{runtime: r, id: id, resources: resources, now: now, attended: r.lives(l.beat, now)}
 		f, err := j.judge(ctx)
 		if err != nil {
 			return look{}, err

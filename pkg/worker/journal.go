@@ -52,6 +52,37 @@ func (j *journal) Check(ctx context.Context, id backend.GrantID) error {
 	return ledgerError(err, "check for closure")
 }
 
+// Resume implements [Journal].
+func (j *journal) Resume(ctx context.Context, id backend.GrantID, attempt uint32) (Attempt, error) {
+	a, err := j.ledger.ResumeAttempt(ctx, ledger.RequestID(id), attempt)
+	switch {
+	case errors.Is(err, ledger.ErrConflict):
+		return Attempt{}, backenderr.Wrap(backenderr.OperationInProgress, err, "resume attempt").WithRetryAfter(otherRetry)
+	case err != nil:
+		return Attempt{}, ledgerError(err, "resume attempt")
+	}
+	return attemptOf(a), nil
+}
+
+// End implements [Journal].
+func (j *journal) End(ctx context.Context, a Attempt) error {
+	return j.end(ctx, a, false)
+}
+
+// end is End, which may be for an attempt only that nobody was told of.
+func (j *journal) end(ctx context.Context, a Attempt, unanswered bool) error {
+	err := j.ledger.EndAttempt(ctx, ledger.End{
+		RequestID: ledger.RequestID(a.GrantID), Number: a.Number, ResumedAt: a.ResumedAt, Unanswered: unanswered,
+	})
+	if errors.Is(err, ledger.ErrConflict) {
+		return backenderr.Wrap(backenderr.OtherReplica, err, "end attempt").WithRetryAfter(otherRetry)
+	}
+	return ledgerError(err, "end attempt")
+}
+
+// otherRetry is when a caller may ask again for what another replica is at.
+const otherRetry = time.Second
+
 // Gone implements [Journal].
 func (j *journal) Gone(ctx context.Context, id backend.GrantID, attempt uint32) error {
 	return ledgerError(j.ledger.MarkGone(ctx, ledger.RequestID(id), attempt), "record that attempt is gone")
@@ -83,7 +114,10 @@ func (j *journal) Open(ctx context.Context) ([]Attempt, error) {
 }
 
 func attemptOf(a ledger.Attempt) Attempt {
-	return Attempt{GrantID: backend.GrantID(a.RequestID), Number: a.Number, Placement: a.Placement, Params: a.Params, BeganAt: a.CreatedAt, Gone: !a.Open}
+	return Attempt{
+		GrantID: backend.GrantID(a.RequestID), Number: a.Number, Placement: a.Placement, Params: a.Params,
+		BeganAt: a.CreatedAt, ResumedAt: a.ResumedAt, Ending: !a.EndingAt.IsZero(), Gone: !a.Open,
+	}
 }
 
 // SaveLog implements [Journal].

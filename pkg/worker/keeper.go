@@ -308,9 +308,9 @@ func (k *keeper) provision(process context.Context) bool {
 		k.end(backend.EndDeadline)
 		return true
 	}
-	if made {
+	if made != nil {
 		// There is an instance that nobody was told of.
-		err = k.takeBack(process, err)
+		err = k.takeBack(process, *made, err)
 	}
 	classified := backenderr.From(err)
 	log.WarnContext(process, "Provision failed", "reason", string(classified.Reason), "created", string(backenderr.CreatedOf(err)), "error", err.Error())
@@ -337,9 +337,13 @@ func (k *keeper) give(ready *backend.Provisioned) bool {
 
 // takeBack undoes an attempt that the driver had finished, and says in the
 // error whether that is confirmed.
-func (k *keeper) takeBack(process context.Context, cause error) error {
+func (k *keeper) takeBack(process context.Context, made Attempt, cause error) error {
 	failure := backenderr.From(cause).Clone()
-	if _, err := k.runtime.driver.Terminate(process, k.id); err != nil {
+	err := k.runtime.endMade(process, made)
+	if err == nil {
+		_, err = k.runtime.driver.Terminate(process, k.id)
+	}
+	if err != nil {
 		k.runtime.log.WarnContext(process, "Undoing an attempt failed", "grant_id", k.id.String(), "error", err.Error())
 		return failure.WithCreated(backenderr.CreatedUnknown) // settle tries again
 	}
@@ -359,13 +363,13 @@ func (k *keeper) fail(err error) {
 	k.update(func(*snapshot) {})
 }
 
-// make has the driver make the instance and stores the answer. made says that
-// there is an instance, also with an error.
-func (k *keeper) make(ctx context.Context) (ready *backend.Provisioned, made bool, err error) {
+// make has the driver make the instance and stores the answer. made is its
+// attempt if there is an instance, also with an error.
+func (k *keeper) make(ctx context.Context) (ready *backend.Provisioned, made *Attempt, err error) {
 	r := k.runtime
 	grant, envelope, err := claimContent(k.claim)
 	if err != nil {
-		return nil, false, err
+		return nil, nil, err
 	}
 	// The attempt begins, if one does, under the fence of the call.
 	result, err := r.driver.Provision(backend.WithFence(ctx, k.claim.Fence), Order{
@@ -378,37 +382,43 @@ func (k *keeper) make(ctx context.Context) (ready *backend.Provisioned, made boo
 		},
 	})
 	if err != nil {
-		return nil, false, err
+		return nil, nil, err
 	}
+	made = &Attempt{GrantID: k.id, Number: result.Instance.Attempt, ResumedAt: result.ResumedAt}
 	instance := result.Instance
 	instance.Handle, instance.GrantID, instance.Backend = backend.HandleFor(k.id), k.id, r.config.Backend
 	instance.Owner, instance.ValidTo, instance.State = k.claim.Owner, k.claim.ValidTo, backend.StateReady
 	receipt, err := r.keys.receipt(k.claim, envelope)
 	if err != nil {
-		return nil, true, err
+		return nil, made, err
 	}
 	receipt.Host, receipt.Port, receipt.User, receipt.HostKey, receipt.Evidence = result.Host, result.Port, result.User, result.HostKey, result.Evidence
 	answer := backend.Provisioned{Instance: instance, Receipt: receipt}
 	body, err := proto.Marshal(backendgrpc.ProvisionedToProto(answer))
 	if err != nil {
-		return nil, true, backenderr.Wrap(backenderr.Internal, err, "marshal instance")
+		return nil, made, backenderr.Wrap(backenderr.Internal, err, "marshal instance")
 	}
 
 	// Once more before it is given out: a closure that came in the meantime
 	// wins.
 	if err := r.journal.Check(ctx, k.id); err != nil {
-		return nil, true, err
+		return nil, made, err
 	}
-	_, _, err = r.config.Ledger.PutInstance(ctx, ledger.Instance{RequestID: k.claim.RequestID, Attempt: instance.Attempt, Body: body})
+	stored, created, err := r.config.Ledger.PutInstance(ctx, ledger.Instance{RequestID: k.claim.RequestID, Attempt: instance.Attempt, Body: body})
 	switch {
 	case errors.Is(err, ledger.ErrConflict):
 		// Who undid it took this process for dead.
-		return nil, true, backenderr.Wrap(backenderr.ProviderUnavailable, err, "attempt %d was undone by another process; call again", instance.Attempt).
+		return nil, made, backenderr.Wrap(backenderr.ProviderUnavailable, err, "attempt %d was undone by another process; call again", instance.Attempt).
 			WithRetryAfter(ledgerRetry)
 	case err != nil:
-		return nil, true, ledgerError(err, "store instance")
+		return nil, made, ledgerError(err, "store instance")
 	}
-	return &answer, true, nil
+	if !created {
+		// Another replica was at the attempt, too, and has told of it.
+		ready, err := unmarshalReady(stored.Body)
+		return ready, made, err
+	}
+	return &answer, made, nil
 }
 
 // watchInstance waits for the end of a ready instance: its own, the deadline,
@@ -584,7 +594,11 @@ func (k *keeper) writeFinal(ctx context.Context, last *backend.ComputeLog, exit 
 // undo tears down an abandoned attempt; the grant stays open.
 func (k *keeper) undo(ctx context.Context) {
 	k.update(func(s *snapshot) { s.instance.State = backend.StateTerminating })
-	if _, err := k.runtime.driver.Terminate(ctx, k.id); err != nil {
+	err := k.runtime.endOrphan(ctx, k.id)
+	if err == nil {
+		_, err = k.runtime.driver.Terminate(ctx, k.id)
+	}
+	if err != nil {
 		if k.giveWay(err) {
 			return
 		}

@@ -18,6 +18,8 @@ type Ledger interface {
 
 	BeginAttempt(ctx context.Context, id ledger.RequestID, contentHash [32]byte,
 		render func(number uint32) (ledger.AttemptParams, error)) (a ledger.Attempt, created bool, err error)
+	ResumeAttempt(ctx context.Context, id ledger.RequestID, number uint32) (ledger.Attempt, error)
+	EndAttempt(ctx context.Context, e ledger.End) error
 	MarkGone(ctx context.Context, id ledger.RequestID, number uint32) error
 	Attempts(ctx context.Context, id ledger.RequestID) ([]ledger.Attempt, error)
 	OpenIntents(ctx context.Context) iter.Seq2[ledger.Attempt, error]
@@ -38,7 +40,7 @@ type Ledger interface {
 
 	Beat(ctx context.Context, backend, process string) error
 	Leave(ctx context.Context, backend, process string) error
-	LastBeat(ctx context.Context, backend string) (time.Time, error)
+	LastBeat(ctx context.Context, backend, butProcess string) (time.Time, error)
 }
 
 var _ Ledger = (*ledger.Ledger)(nil)

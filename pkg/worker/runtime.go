@@ -171,7 +171,7 @@ func (r *Runtime) Start(ctx context.Context, driver Driver) error {
 	}
 	r.routines.Go(r.sweepForEver)
 	r.routines.Go(r.beatForEver)
-	if _, divided := driver.(Divided); divided {
+	if r.hasReplicas() {
 		r.routines.Go(r.followOthers)
 	}
 	return nil
@@ -184,14 +184,18 @@ func (r *Runtime) attach(ctx context.Context, driver Driver) {
 }
 
 // minBeat bounds how often a process says that it works.
-const minBeat = time.Second
+const minBeat = 250 * time.Millisecond
+
+// leaveLimit is how long saying that it works no more may take.
+const leaveLimit = time.Second
 
 // beatInterval is how often a process says that it works: several times within
 // the age from which on an unfinished attempt may be an orphan.
 func (r *Runtime) beatInterval() time.Duration { return max(r.config.OrphanAge/4, minBeat) }
 
-// beatForEver records for a sweep that runs by itself ([Runtime.SweepOnce]) that
-// this process works, and with it on every attempt that it has begun.
+// beatForEver records for a sweep that runs by itself ([Runtime.SweepOnce]), and
+// for other replicas, that this process works, and with it on every attempt that
+// it has begun.
 func (r *Runtime) beatForEver() {
 	ticker := time.NewTicker(r.beatInterval())
 	defer ticker.Stop()
@@ -212,7 +216,7 @@ func (r *Runtime) beatForEver() {
 // hangs must not keep it. Without this farewell it counts as working for one
 // orphan age more.
 func (r *Runtime) leave() {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.live), minBeat)
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(r.live), leaveLimit)
 	defer cancel()
 	if err := r.config.Ledger.Leave(ctx, r.config.Backend, r.process); err != nil {
 		r.log.InfoContext(ctx, "Recording that this process works no more failed", "error", err.Error())
@@ -261,7 +265,14 @@ func (r *Runtime) takeUp(ctx context.Context, claim ledger.Claim) error {
 	case err != nil:
 		return err
 	case ready != nil:
-		r.keep(claim, ready, phaseWatch, 0)
+		switch answers, err := r.answersFor(ctx, ready.Instance); {
+		case backenderr.Is(err, backenderr.GrantEnded):
+			return r.takeUp(ctx, claim) // It was closed since.
+		case err != nil:
+			return err
+		case answers:
+			r.keep(claim, ready, phaseWatch, 0)
+		}
 	case time.Now().After(claim.ValidTo):
 		r.keep(claim, nil, phaseEnd, backend.EndDeadline)
 	}
@@ -269,8 +280,8 @@ func (r *Runtime) takeUp(ctx context.Context, claim ledger.Claim) error {
 }
 
 // readyInstance returns the stored answer to a successful Provision, nil if the
-// grant's last attempt has none: an instance whose attempt is gone is no longer
-// an answer.
+// grant's last attempt has none: an instance whose attempt is gone, or is being
+// taken back, is no longer an answer.
 func (r *Runtime) readyInstance(ctx context.Context, id backend.GrantID) (*backend.Provisioned, error) {
 	stored, err := r.config.Ledger.Instance(ctx, ledger.RequestID(id))
 	switch {
@@ -284,12 +295,16 @@ func (r *Runtime) readyInstance(ctx context.Context, id backend.GrantID) (*backe
 		return nil, err
 	}
 	for _, a := range attempts {
-		if a.Number == stored.Attempt && a.Gone {
+		if a.Number == stored.Attempt && (a.Gone || a.Ending) {
 			return nil, nil //nolint:nilnil // none is an answer
 		}
 	}
+	return unmarshalReady(stored.Body)
+}
+
+func unmarshalReady(body []byte) (*backend.Provisioned, error) {
 	var p bridgev1.ProvisionResponse
-	if err := proto.Unmarshal(stored.Body, &p); err != nil {
+	if err := proto.Unmarshal(body, &p); err != nil {
 		return nil, backenderr.Wrap(backenderr.LedgerUnavailable, err, "instance in the ledger is damaged")
 	}
 	ready := backendgrpc.ProvisionedFromProto(&p)
@@ -522,7 +537,13 @@ func (r *Runtime) provisioner(ctx context.Context, claim ledger.Claim) (k *keepe
 	}
 	if ready != nil {
 		// Also where another replica has it: the answer is in the ledger.
-		return r.keep(claim, ready, phaseWatch, 0), false, nil
+		answers, err := r.answersFor(ctx, ready.Instance)
+		if err != nil {
+			return nil, false, err
+		}
+		if answers {
+			return r.keep(claim, ready, phaseWatch, 0), false, nil
+		}
 	}
 	if err := r.elsewhere(ctx, id); err != nil {
 		return nil, false, err

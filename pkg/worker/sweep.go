@@ -65,7 +65,14 @@ func (r *Runtime) settle(ctx context.Context) error {
 		return err
 	}
 	for _, attempt := range open {
-		if time.Since(attempt.BeganAt) < r.config.OrphanAge || r.keeper(attempt.GrantID) != nil {
+		if r.keeper(attempt.GrantID) != nil {
+			continue
+		}
+		orphaned, err := r.orphaned(ctx, attempt)
+		if err != nil {
+			return err
+		}
+		if !orphaned {
 			continue
 		}
 		switch err := r.elsewhere(ctx, attempt.GrantID); {

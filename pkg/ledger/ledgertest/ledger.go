@@ -220,6 +220,16 @@ func (l *Ledger) MarkGone(ctx context.Context, id ledger.RequestID, number uint3
 	return none(ctx, l, write("MarkGone", id), func() error { return l.real.MarkGone(ctx, id, number) })
 }
 
+// ResumeAttempt is [ledger.Ledger.ResumeAttempt].
+func (l *Ledger) ResumeAttempt(ctx context.Context, id ledger.RequestID, number uint32) (ledger.Attempt, error) {
+	return one(ctx, l, write("ResumeAttempt", id), func() (ledger.Attempt, error) { return l.real.ResumeAttempt(ctx, id, number) })
+}
+
+// EndAttempt is [ledger.Ledger.EndAttempt].
+func (l *Ledger) EndAttempt(ctx context.Context, e ledger.End) error {
+	return none(ctx, l, write("EndAttempt", e.RequestID), func() error { return l.real.EndAttempt(ctx, e) })
+}
+
 // Attempts is [ledger.Ledger.Attempts].
 func (l *Ledger) Attempts(ctx context.Context, id ledger.RequestID) ([]ledger.Attempt, error) {
 	return one(ctx, l, read("Attempts", id), func() ([]ledger.Attempt, error) { return l.real.Attempts(ctx, id) })
@@ -286,6 +296,6 @@ func (l *Ledger) Leave(ctx context.Context, backend, process string) error {
 }
 
 // LastBeat is [ledger.Ledger.LastBeat].
-func (l *Ledger) LastBeat(ctx context.Context, backend string) (time.Time, error) {
-	return one(ctx, l, read("LastBeat", ledger.RequestID{}), func() (time.Time, error) { return l.real.LastBeat(ctx, backend) })
+func (l *Ledger) LastBeat(ctx context.Context, backend, butProcess string) (time.Time, error) {
+	return one(ctx, l, read("LastBeat", ledger.RequestID{}), func() (time.Time, error) { return l.real.LastBeat(ctx, backend, butProcess) })
 }
