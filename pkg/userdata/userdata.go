@@ -218,7 +218,8 @@ func (s Spec) validate() error {
 	address, err := url.Parse(s.GuestURL)
 	digest, hexErr := hex.DecodeString(s.GuestSHA256)
 	switch {
-	case err != nil || address.Scheme != "http" && address.Scheme != "https" || address.Host == "":
+	case err != nil || address.Scheme != "http" && address.Scheme != "https" || address.Host == "" ||
+		strings.ContainsFunc(s.GuestURL, func(r rune) bool { return r <= ' ' || r >= 0x7f }):
 		return errors.New("user-data: the guest's URL is not one of http or https")
 	case hexErr != nil || len(digest) != sha256.Size || strings.ToLower(s.GuestSHA256) != s.GuestSHA256:
 		return errors.New("user-data: the guest's digest is not 64 lower-case hexadecimal digits")
