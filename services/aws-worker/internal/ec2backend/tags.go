@@ -144,7 +144,7 @@ func (b *Backend) scheduleName(id identity) string {
 func (b *Backend) schedulePrefix() string {
 	sum := fnv.New32a()
 	_, _ = sum.Write([]byte(b.env.BridgeID + "/" + b.env.Backend)) // never fails
-	return fmt.Sprintf("cb%08x.", sum.Sum32())
+	return fmt.Sprintf("cb%08x", sum.Sum32())
 }
 
 // readScheduleName is the inverse of scheduleName.
