@@ -61,16 +61,15 @@ func newSite(t *testing.T, hosts ...site.Host) *bridge {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, program := range []string{"router", "baremetal-worker", "bridgectl", "guest"} {
-		if _, err := os.Stat(filepath.Join(root, "bin", program)); err != nil {
-			t.Fatalf("run make build first: %v", err)
-		}
-	}
 	b := &bridge{t: t, processes: map[string]*site.Process{}, outputs: &bytes.Buffer{}}
 	// Sites have addresses of their own, so that nothing depends on which
 	// ports an earlier test has freed.
 	ip := netip.AddrFrom4([4]byte{127, 1, 0, byte(sites.Add(1))})
 	b.Site = &site.Site{Lab: l, Bin: filepath.Join(root, "bin"), Dir: t.TempDir(), IP: ip.String()}
+	b.programs("router", "bridgectl", "guest")
+	if len(hosts) > 0 {
+		b.programs("baremetal-worker")
+	}
 	identities := [][2]string{{"router", "router"}, {market, "client"}, {bob, "client"}, {reader, "reader"}, {operator, "operator"}, {stranger, "client"}}
 	for i, host := range hosts {
 		b.hosts = append(b.hosts, host.Host)
@@ -88,6 +87,16 @@ func newSite(t *testing.T, hosts ...site.Host) *bridge {
 	b.write(b.RouterConfigFile(), b.routerConfig())
 	b.sshKey("requester")
 	return b
+}
+
+// programs fails the test unless these are built.
+func (b *bridge) programs(names ...string) {
+	b.t.Helper()
+	for _, name := range names {
+		if _, err := os.Stat(b.Program(name)); err != nil {
+			b.t.Fatalf("run make build first: %v", err)
+		}
+	}
 }
 
 // workerConfig is a worker's configuration.
@@ -618,7 +627,11 @@ func (b *bridge) ssh(p provisioned, key string, options []string, command ...str
 func (b *bridge) sshOptions(p provisioned, key string) []string {
 	b.t.Helper()
 	file := b.Path("known_hosts-" + p.Instance.id())
-	b.write(file, fmt.Sprintf("[%s]:%d %s\n", p.Receipt.Host, p.Receipt.Port, p.Receipt.HostKey))
+	host := fmt.Sprintf("[%s]:%d", p.Receipt.Host, p.Receipt.Port)
+	if p.Receipt.Port == 22 {
+		host = p.Receipt.Host // as OpenSSH writes it
+	}
+	b.write(file, host+" "+p.Receipt.HostKey+"\n")
 	return []string{
 		"-F", "none", "-i", key, "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes",
 		"-o", "UserKnownHostsFile=" + file, "-o", "GlobalKnownHostsFile=none", "-o", "StrictHostKeyChecking=yes",

@@ -9,4 +9,4 @@ import (
 	"github.com/compute-bridge/compute-bridge/test/lab"
 )
 
-func TestMain(m *testing.M) { lab.Main(m, lab.CheckGoroutines()) }
+func TestMain(m *testing.M) { lab.Main(m, lab.CheckGoroutines(), lab.CloudMachines("")) }

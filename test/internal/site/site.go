@@ -158,6 +158,8 @@ type Worker struct {
 	Ledger string
 	// Settings are more lines of the [backend] section.
 	Settings string
+	// Program is the worker's; empty means baremetal-worker.
+	Program string
 }
 
 // Worker returns the site's worker number index, from 0.
@@ -315,7 +317,7 @@ func (s *Site) WriteRouterConfig(text string) error { return writeConfig(s.Route
 
 // StartWorker starts a worker's process and waits until it serves.
 func (s *Site) StartWorker(ctx context.Context, w *Worker) (*Process, error) {
-	return s.serve(ctx, w.Name, "baremetal-worker", w.ConfigFile())
+	return s.serve(ctx, w.Name, cmp.Or(w.Program, "baremetal-worker"), w.ConfigFile())
 }
 
 // StartRouter starts the router's process and waits until it serves.
