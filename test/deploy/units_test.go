@@ -21,7 +21,7 @@ func copyUnits(t *testing.T, change func(name, text string) string) string {
 	t.Helper()
 	dir := t.TempDir()
 	exists := filepath.Join(dir, "program")
-	if err := os.WriteFile(exists, []byte("#!/bin/sh\n"), 0o755); err != nil { //nolint:gosec // a program
+	if err := os.WriteFile(exists, []byte("#!/bin/sh\n"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	entries, err := os.ReadDir(unitDir)
@@ -52,7 +52,7 @@ func verify(t *testing.T, dir, instance string) error {
 	args := []string{"verify", "--man=no", "--recursive-errors=no"}
 	for _, u := range units {
 		into := filepath.Join(dir, u+".d")
-		if err := os.Mkdir(into, 0o755); err != nil { //nolint:gosec // systemd reads it
+		if err := os.Mkdir(into, 0o755); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(filepath.Join(into, "keys.conf"), drop, 0o600); err != nil {
@@ -81,7 +81,9 @@ func TestSystemdAcceptsTheUnits(t *testing.T) {
 // That it accepts them says something only if it refuses others.
 func TestSystemdRefusesAUnitWithAnUnknownKey(t *testing.T) {
 	t.Parallel()
-	dir := copyUnits(t, func(_, text string) string { return strings.Replace(text, "[Service]\n", "[Service]\nRestartAlways=yes\n", 1) })
+	dir := copyUnits(t, func(_, text string) string {
+		return strings.Replace(text, "[Service]\n", "[Service]\nRestartAlways=yes\n", 1)
+	})
 	if verify(t, dir, "aws-worker") == nil {
 		t.Error("systemd-analyze accepted a key that there isn't")
 	}

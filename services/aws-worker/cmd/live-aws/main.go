@@ -108,7 +108,7 @@ func check(ctx context.Context, s settings, c worker.Config[ec2backend.Config], 
 		fmt.Fprintf(out, "live-aws: %v\n", err)
 		return exitFailed
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	l := &list{out: out}
 	p := &site{settings: s, bridgeID: c.BridgeID, config: narrowed(c.Backend), dir: dir}
 	if err := p.connect(ctx); err != nil {

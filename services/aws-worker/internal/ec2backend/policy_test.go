@@ -136,7 +136,7 @@ func (p policy) actions() []string {
 
 // iamPrefix is what a service's actions begin with in policies, by the name that
 // its requests are signed for and by that of its Go package.
-var iamPrefix = map[string]string{ //nolint:gochecknoglobals // a constant that Go can't declare
+var iamPrefix = map[string]string{
 	"ec2": "ec2", "ssm": "ssm", "scheduler": "scheduler", "s3": "s3", "sts": "sts", "monitoring": "cloudwatch", "cloudwatch": "cloudwatch",
 }
 
