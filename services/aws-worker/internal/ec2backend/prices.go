@@ -13,8 +13,9 @@ type familyPrice struct {
 }
 
 // familyPrices are the built-in ones: on-demand, Linux, shared tenancy, without
-// taxes, as of June 2025, from https://aws.amazon.com/ec2/pricing/on-demand/.
-// They only decide which of several types is tried first, on the spot market,
+// taxes, of https://aws.amazon.com/ec2/pricing/on-demand/ as known in June 2025.
+// In eu-central-1 those of m7g, c7i, c7g and r7i are computed from the generation
+// before, and may be some per cent off. They only decide which of several types is tried first, on the spot market,
 // too; [[backend.price]] in the configuration comes before them. A region that isn't here takes those of
 // us-east-1: prices differ between regions by much the same factor for all
 // families, so the order is right though the figures aren't.
