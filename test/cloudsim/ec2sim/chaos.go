@@ -231,9 +231,3 @@ func (r *region) limits(c *Cloud, action string, n int) bool {
 	}
 	return !c.take(r.Name, "ec2", action+" resources", limit, n)
 }
-
-// schedule and sample are filled in below.
-type (
-	schedule struct{ Input string }
-	sample   struct{}
-)

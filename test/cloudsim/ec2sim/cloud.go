@@ -120,7 +120,7 @@ type region struct {
 	tokens     map[string]*launched
 	stockOuts  []*place
 	failures   []*launchFailure
-	samples    map[string]map[string][]sample
+	samples    map[string][]sample
 }
 
 // subnet is a zone's default subnet.
@@ -148,7 +148,7 @@ func New(options Options) *Cloud {
 		denied:  map[string]bool{},
 	}
 	c.services = map[string]*service{}
-	for _, s := range []*service{c.ec2()} {
+	for _, s := range []*service{c.ec2(), c.sts(), c.ssm(), c.metrics(), c.scheduler()} {
 		c.services[s.name] = s
 	}
 	c.life, c.end = context.WithCancel(context.Background())
@@ -168,7 +168,7 @@ func (c *Cloud) newRegion(given Region) *region {
 		groups:     map[string]*group{},
 		schedules:  map[string]*schedule{},
 		tokens:     map[string]*launched{},
-		samples:    map[string]map[string][]sample{},
+		samples:    map[string][]sample{},
 	}
 	for i, zone := range given.Zones {
 		// The default VPC's addresses, 172.31.0.0/16 in twenties.

@@ -144,6 +144,9 @@ var credentialScope = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=([^/, ]+)
 func (c *Cloud) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	id := requestID()
 	// Clients take the service's time from here.
+	if protocol := r.Header.Get("Smithy-Protocol"); protocol != "" {
+		w.Header().Set("Smithy-Protocol", protocol)
+	}
 	w.Header().Set("Date", c.clock.Now().UTC().Format(http.TimeFormat))
 	body, err := readBody(r)
 	if err != nil {

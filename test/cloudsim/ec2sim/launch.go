@@ -286,10 +286,7 @@ func (c *Cloud) launch(r *region, l *launch) (any, *Error) {
 	}
 	image, ok := r.image(l.image)
 	if !ok {
-		if !strings.HasPrefix(l.image, "ami-") {
-			return nil, refusal("InvalidAMIID.Malformed", "Invalid id: \"%s\" (expecting \"ami-...\")", l.image)
-		}
-		return nil, refusal("InvalidAMIID.NotFound", "The image id '[%s]' does not exist", l.image)
+		return nil, imageNotFound(l.image)
 	}
 	kind, ok := r.typeNamed(l.instanceType)
 	if !ok {

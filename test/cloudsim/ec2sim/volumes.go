@@ -117,9 +117,7 @@ func describeVolumes(q *call) effect {
 		c, r := q.cloud, q.region
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		all, fault := pick(ids, r.volumes, func(v *volume) bool { return c.clock.Now().Before(v.visible) }, func(id string) *Error {
-			return refusal("InvalidVolume.NotFound", "The volume '%s' does not exist.", id)
-		})
+		all, fault := pick(ids, r.volumes, func(v *volume) bool { return c.clock.Now().Before(v.visible) }, volumeNotFound)
 		if fault != nil {
 			return nil, fault
 		}
@@ -310,9 +308,7 @@ func describeInterfaces(q *call) effect {
 		c, r := q.cloud, q.region
 		c.mu.Lock()
 		defer c.mu.Unlock()
-		all, fault := pick(ids, r.interfaces, func(n *netInterface) bool { return c.clock.Now().Before(n.visible) }, func(id string) *Error {
-			return refusal("InvalidNetworkInterfaceID.NotFound", "The networkInterface ID '%s' does not exist", id)
-		})
+		all, fault := pick(ids, r.interfaces, func(n *netInterface) bool { return c.clock.Now().Before(n.visible) }, interfaceNotFound)
 		if fault != nil {
 			return nil, fault
 		}
