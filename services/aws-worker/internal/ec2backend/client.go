@@ -229,19 +229,16 @@ func (p credentialsProvider) Retrieve(ctx context.Context) (aws.Credentials, err
 	return found, err
 }
 
-// sdkLog is where the SDK's own warnings go.
+// sdkLog is where the SDK's own words go. What matters of them comes back as an
+// error, too.
 type sdkLog struct {
 	log  *slog.Logger
 	life context.Context //nolint:containedctx // the SDK gives none to its logger
 }
 
 // Logf implements logging.Logger.
-func (l sdkLog) Logf(class logging.Classification, format string, args ...any) {
-	level := slog.LevelDebug
-	if class == logging.Warn {
-		level = slog.LevelWarn
-	}
-	l.log.Log(l.life, level, "The AWS SDK says something", "text", fmt.Sprintf(format, args...))
+func (l sdkLog) Logf(_ logging.Classification, format string, args ...any) {
+	l.log.DebugContext(l.life, "The AWS SDK says something", "text", fmt.Sprintf(format, args...))
 }
 
 // retryStep is the SDK's step that repeats a call.
