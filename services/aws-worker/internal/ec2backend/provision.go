@@ -62,7 +62,7 @@ type params struct {
 	Content      string
 	GuestURL     string
 	GuestSHA256  string
-	MachineImage guestapi.MachineImage
+	MachineImage artifact
 	Spot         bool
 	Public       bool
 	VolumeType   string
@@ -70,6 +70,13 @@ type params struct {
 	// Adopted says that the instance was found without a record of it: there is
 	// no create call to repeat.
 	Adopted bool
+}
+
+// artifact is a guestapi.MachineImage of which all is kept: that one hides its
+// address from whoever marshals it.
+type artifact struct {
+	URL, Digest string
+	MaxBytes    int64
 }
 
 // attempt is one that may go on.
@@ -323,7 +330,7 @@ func (b *Backend) plan(ctx context.Context, order worker.Order, r *region) (para
 	if err != nil {
 		return params{}, err
 	}
-	artifact, err := b.store.image(ctx, order, time.Now().Add(b.config.BootTimeout.Duration))
+	fetched, err := b.store.image(ctx, order, time.Now().Add(b.config.BootTimeout.Duration))
 	if err != nil {
 		return params{}, err
 	}
@@ -339,7 +346,7 @@ func (b *Backend) plan(ctx context.Context, order worker.Order, r *region) (para
 		Zone: offer.Zone, Subnet: offer.Subnet, VPC: offer.VPC, Type: offer.Type, Architecture: offer.Architecture,
 		Image: image.ID, RootDevice: image.RootDevice, DiskGiB: int32(disk), Group: group,
 		Shape: grant.Shape, ValidTo: grant.ValidTo, Content: contentOf(order),
-		GuestURL: guestURL, GuestSHA256: guestSum, MachineImage: artifact,
+		GuestURL: guestURL, GuestSHA256: guestSum, MachineImage: artifact(fetched),
 		Spot: b.config.Market == marketSpot, Public: rc.public(), VolumeType: b.config.VolumeType, KMSKey: b.config.KMSKey,
 	}, nil
 }
@@ -390,7 +397,7 @@ func (b *Backend) makeReady(ctx context.Context, order worker.Order, a *attempt)
 			ListenPort: sshPort, Environment: order.Grant.Environment,
 		},
 		GrantID: a.grant.String(), Attempt: a.attempt, Deadline: wholeSeconds(a.params.ValidTo),
-		Image: a.params.MachineImage, AtEnd: guestapi.AtEndPowerOff,
+		Image: guestapi.MachineImage(a.params.MachineImage), AtEnd: guestapi.AtEndPowerOff,
 	}
 	var i instance
 	switch {
