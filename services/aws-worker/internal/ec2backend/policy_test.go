@@ -29,7 +29,7 @@ const (
 	documentedBridge  = "example"
 	documentedAccount = "123456789012"
 	documentedGroup   = "compute-bridge"
-	documentedRole    = "arn:aws:iam::123456789012:role/compute-bridge-schedules"
+	documentedRole    = "arn:aws:iam::123456789012:role/compute-bridge-deadline"
 	documentedBucket  = "example-images"
 )
 
