@@ -41,6 +41,9 @@ type Options struct {
 	Region string
 	// Speed is the cloud's: how many times faster than the real one it is.
 	Speed float64
+	// Buckets has the cloud throttle as the real one does. Without, nothing waits
+	// for that, which would be what most of a sweep does.
+	Buckets bool
 	// BootDelay is the machines'.
 	BootDelay time.Duration
 	// Kill makes the worker dead at once. It is called while a request of its is
@@ -79,18 +82,41 @@ func Open(t testing.TB, o Options) *Site {
 	s := &Site{options: o, conns: map[net.Conn]struct{}{}}
 	s.options.Region = cmp.Or(o.Region, "eu-central-1")
 	s.Machines = quickvm.New(quickvm.Options{BootDelay: o.BootDelay})
-	// The buckets would be what most of a sweep waits for; a test of their own shows
-	// that a worker keeps within them.
-	s.Cloud = ec2sim.New(ec2sim.Options{Machines: s.Machines, Speed: o.Speed, NoBuckets: true})
+	s.Cloud = ec2sim.New(ec2sim.Options{Machines: s.Machines, Speed: o.Speed, NoBuckets: !o.Buckets})
 	s.AccessKey, s.SecretKey, s.ImageParameter = ec2sim.AccessKeyID, ec2sim.SecretAccessKey, ec2sim.ParameterDebian13
 	t.Cleanup(func() {
 		s.Cloud.Close()
 		s.Machines.Close()
+		if t.Failed() {
+			s.tell(t)
+		}
 	})
 	s.Cloud.Intercept(s.intercept)
 	s.Endpoint = s.serve(t, s.Cloud)
 	s.makeStore(t)
 	return s
+}
+
+// tell logs what there is to know of a case that has failed.
+func (s *Site) tell(t testing.TB) {
+	t.Helper()
+	for id, console := range s.Machines.Consoles() {
+		t.Logf("the console of %s:\n%s", id, console)
+	}
+	const most = 300
+	all := s.Cloud.Requests()
+	var lines strings.Builder
+	for _, r := range all[max(0, len(all)-most):] {
+		fmt.Fprintf(&lines, "%s %s.%s %s", r.Time.Format("05.000"), r.Service, r.Action, cmp.Or(r.Answer, "OK"))
+		if r.Lost {
+			lines.WriteString(", lost")
+		}
+		for _, grant := range r.Grants {
+			fmt.Fprintf(&lines, " %.8s", grant)
+		}
+		lines.WriteString("\n")
+	}
+	t.Logf("the last requests:\n%s", lines.String())
 }
 
 // serve has a handler answer on loopback.

@@ -127,6 +127,19 @@ func (f *Machines) Running(grant string) []*Machine {
 	return slices.DeleteFunc(all, func(m *Machine) bool { return m.isOff() || m.Grant() != grant })
 }
 
+// Consoles returns what the machines that there ever were have shown, by the
+// cloud's names for the instances.
+func (f *Machines) Consoles() map[string]string {
+	f.mu.Lock()
+	all := slices.Clone(f.machines)
+	f.mu.Unlock()
+	consoles := map[string]string{}
+	for _, m := range all {
+		consoles[m.boot.ID] = string(m.Console())
+	}
+	return consoles
+}
+
 // errNoWorkload says that nothing runs that could end.
 var errNoWorkload = errors.New("no workload runs")
 

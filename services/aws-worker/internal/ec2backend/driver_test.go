@@ -12,14 +12,15 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
+	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2fixture"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2tags"
 )
 
 // openBridge starts a worker on a cloud of its own, with a changed configuration.
-func openBridge(t *testing.T, change func(*Config)) (*suiteSite, backend.Backend) {
+func openBridge(t *testing.T, change func(*Config), options ...func(*ec2fixture.Options)) (*suiteSite, backend.Backend) {
 	t.Helper()
-	s := openSuiteSite(t, 0)
+	s := openSuiteSite(t, 0, options...)
 	if change != nil {
 		change(&s.config)
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
+	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2fixture"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
 )
 
@@ -106,7 +107,8 @@ func TestLongTwoHundredGrantsAtOnceStayWithinTheBudgets(t *testing.T) {
 		// The real intervals: it is they that the reads follow from.
 		c.PollInterval.Duration, c.VisibilityDelay.Duration = 5*time.Second, time.Second
 		c.BootTimeout.Duration, c.UndoTimeout.Duration = 10*time.Minute, 5*time.Minute
-	})
+		c.APILimits = nil
+	}, func(o *ec2fixture.Options) { o.Buckets = true })
 	s.cloud.Cloud.ForgetRequests()
 	began := time.Now()
 	grants, _ := s.provisionMany(t, b, n)
