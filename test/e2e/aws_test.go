@@ -14,6 +14,7 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2tags"
+	"github.com/compute-bridge/compute-bridge/test/cloudsim/labvm"
 	"github.com/compute-bridge/compute-bridge/test/internal/awssite"
 	"github.com/compute-bridge/compute-bridge/test/internal/site"
 	"github.com/compute-bridge/compute-bridge/test/lab/ociimage"
@@ -180,7 +181,7 @@ func TestLongAnInstanceThatCannotRunItsImageSaysWhy(t *testing.T) {
 		content      string // what is at the digest's place; "" for nothing
 		want         string
 	}{
-		{"another digest", strings.Repeat("0", 64), "something else", "IMAGE_HASH_MISMATCH"},
+		{"another digest", strings.Repeat("2", 64), "something else", "IMAGE_HASH_MISMATCH"},
 		{"no image", strings.Repeat("1", 64), "", "IMAGE_UNAVAILABLE"},
 	} {
 		if tc.content != "" {
@@ -228,13 +229,19 @@ func TestLongAnInstanceOutlivesAReboot(t *testing.T) {
 		t.Errorf("listed: %+v", got)
 	}
 	watch := a.start("watch", p.Instance.id(), "-o", "json")
-	// A stranger's console has no say: only the last verdict of this attempt counts.
-	a.run(a.ssh(p, "requester", nil, "kill -9 $(pgrep -o -x sh)"))
-	if code := watch.wait(); !strings.Contains(watch.output(), "END_REASON_") {
+	// The image's command is the guest's child.
+	m, ok := a.cloud.Machine(i.ID).(*labvm.Machine)
+	if !ok {
+		t.Fatal("the instance has no machine")
+	}
+	out, err := m.Host().Exec(t.Context(), "sh", "-c", `kill -TERM "$(pgrep -x sh -P "$(systemctl show -P MainPID compute-bridge-workload.service)")"`)
+	if err != nil {
+		t.Fatalf("end the workload: %v\n%s", err, out)
+	}
+	if code := watch.wait(); !strings.Contains(watch.output(), "END_REASON_WORKLOAD_EXITED") {
 		t.Errorf("watch: exit code %d:\n%s", code, watch.output())
 	}
-	log := a.finalLog(p)
-	if log.Log.Exit.Reason == "END_REASON_TERMINATED" {
+	if log := a.finalLog(p); log.Log.Exit.Reason != "END_REASON_WORKLOAD_EXITED" {
 		t.Errorf("log: %+v", log.Log)
 	}
 	a.soon("the instance is gone", func() error { return nothing(a.left()) })
