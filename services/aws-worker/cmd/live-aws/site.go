@@ -296,7 +296,7 @@ func (p *site) names(schedule string, grant *backend.GrantID) bool {
 		wanted = []backend.GrantID{*grant}
 	}
 	return slices.ContainsFunc(wanted, func(id backend.GrantID) bool {
-		return strings.Contains(schedule, "."+base64.RawURLEncoding.EncodeToString(id[:])+".")
+		return strings.Contains(schedule, base64.RawURLEncoding.EncodeToString(id[:])+".")
 	})
 }
 
