@@ -72,7 +72,7 @@ type region struct {
 	parts     *shared[parts]
 }
 
-var _ worker.Driver = (*Backend)(nil)
+var _ worker.Replicated = (*Backend)(nil)
 
 // Open checks identity, permissions and clock in every region, and reads what
 // it offers. It fails if something is wrong, unless the configuration is
@@ -186,6 +186,12 @@ func (b *Backend) Close() error {
 	}
 	b.clients.close()
 	return nil
+}
+
+// ProvisionTimeout implements worker.Replicated: an attempt's boot and its
+// undoing, with the calls around them. Each offer is an attempt of its own.
+func (b *Backend) ProvisionTimeout() time.Duration {
+	return b.config.BootTimeout.Duration + b.config.UndoTimeout.Duration + callAttempts*callTimeout
 }
 
 // Capabilities implements worker.Driver.

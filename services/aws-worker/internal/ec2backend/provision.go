@@ -83,8 +83,10 @@ type artifact struct {
 type attempt struct {
 	identity
 
-	region *region
-	params params
+	// recorded is what the journal has of it.
+	recorded worker.Attempt
+	region   *region
+	params   params
 	// fresh says that nothing was sent for it before.
 	fresh bool
 	// found is its instance, if EC2 has shown one.
@@ -100,17 +102,18 @@ func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Rea
 	var last error
 	for range maxOffers {
 		a, err := b.begin(ctx, order)
-		if err != nil && a != nil && ctx.Err() != nil {
-			// Its caller has gone before it was even found.
-			return worker.Ready{}, b.giveUp(ctx, a, err)
-		}
-		if err != nil {
+		var ready worker.Ready
+		switch {
+		case err == nil:
+			ready, err = b.makeReady(ctx, order, a)
+		case a != nil && (ctx.Err() != nil || errors.Is(err, errOver) || backenderr.Is(err, backenderr.GrantEnded)):
+			// It is there, and is not to be gone on with.
+		default:
 			if last != nil && backenderr.CreatedOf(err) == backenderr.CreatedNone && backenderr.Is(err, backenderr.CapacityExhausted) {
 				return worker.Ready{}, last // which says what EC2 said
 			}
 			return worker.Ready{}, err
 		}
-		ready, err := b.makeReady(ctx, order, a)
 		if err == nil {
 			return ready, nil
 		}
@@ -200,7 +203,7 @@ func worst(reasons []error) error {
 // resume returns an attempt that was begun before, perhaps by another process;
 // with an error, too, if EC2 can't be asked for it.
 func (b *Backend) resume(ctx context.Context, recorded worker.Attempt) (*attempt, error) {
-	a := &attempt{identity: identity{recorded.GrantID, recorded.Number}}
+	a := &attempt{identity: identity{recorded.GrantID, recorded.Number}, recorded: recorded}
 	if err := json.Unmarshal(recorded.Params, &a.params); err != nil {
 		return nil, backenderr.Wrap(backenderr.Internal, err, "read the parameters of attempt %d of grant %s", a.attempt, a.grant)
 	}
@@ -212,6 +215,20 @@ func (b *Backend) resume(ctx context.Context, recorded worker.Attempt) (*attempt
 	b.mu.Lock()
 	b.held[a.identity] = a.region.name
 	b.mu.Unlock()
+	if !recorded.New {
+		if recorded.Ending {
+			return a, errOver // whose end is to be finished
+		}
+		// From now on no other replica undoes it.
+		resumed, err := b.env.Journal.Resume(ctx, a.grant, a.attempt)
+		switch {
+		case backenderr.Is(err, backenderr.OperationInProgress):
+			return a, errOver
+		case err != nil:
+			return a, err
+		}
+		a.recorded = resumed
+	}
 	all, err := a.region.instances.now(ctx)
 	if err != nil {
 		return a, classify(err, "look for the instance")
@@ -305,7 +322,7 @@ func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, nu
 	b.mu.Lock()
 	b.held[identity{begun.GrantID, begun.Number}] = r.name
 	b.mu.Unlock()
-	return &attempt{identity: identity{begun.GrantID, begun.Number}, region: r, params: p, fresh: true}, nil
+	return &attempt{identity: identity{begun.GrantID, begun.Number}, recorded: begun, region: r, params: p, fresh: true}, nil
 }
 
 // plan settles everything about an attempt before it is on record.
@@ -369,15 +386,27 @@ func (b *Backend) giveUp(ctx context.Context, a *attempt, cause error) error {
 	}
 	cleanUp, cancel := context.WithTimeout(context.WithoutCancel(ctx), b.config.UndoTimeout.Duration)
 	defer cancel()
-	err := b.undo(cleanUp, a.region, a.identity, a.fresh)
+	err := b.end(cleanUp, a)
 	for backenderr.Is(err, backenderr.ProviderUnavailable, backenderr.LedgerUnavailable) && sleep(cleanUp, b.config.PollInterval.Duration) == nil {
-		err = b.undo(cleanUp, a.region, a.identity, a.fresh)
+		err = b.end(cleanUp, a)
+	}
+	if backenderr.Is(err, backenderr.OtherReplica) {
+		// Another replica is at the attempt, for a caller who still waits.
+		return backenderr.From(err).Clone().WithCreated(backenderr.CreatedUnknown)
 	}
 	if err != nil {
 		b.log.WarnContext(ctx, "Clean-up of a failed attempt is not confirmed", "grant_id", a.grant.String(), "attempt", a.attempt, "error", err.Error())
 		return failure.WithCreated(backenderr.CreatedUnknown).WithMetadata(backenderr.MetaLeaked, b.instanceName(a.identity))
 	}
 	return failure.WithCreated(backenderr.CreatedNone)
+}
+
+// end says that an attempt is undone, and undoes it.
+func (b *Backend) end(ctx context.Context, a *attempt) error {
+	if err := b.env.Journal.End(ctx, a.recorded); err != nil {
+		return err
+	}
+	return b.undo(ctx, a.region, a.identity, a.fresh)
 }
 
 // makeReady makes the attempt's instance, or adopts it, and waits until SSH
@@ -434,7 +463,7 @@ func (b *Backend) makeReady(ctx context.Context, order worker.Order, a *attempt)
 			GrantID: a.grant, ID: backend.InstanceID(i.id), Region: a.region.name, Isolation: backend.IsolationVM, Shape: a.params.Shape,
 			Attempt: a.attempt, StartedAt: i.launched.UTC(), ValidTo: a.params.ValidTo.UTC(), Enforcement: b.enforcement(),
 		},
-		Host: host, Port: sshPort, User: guestapi.DefaultUser, HostKey: public,
+		Host: host, Port: sshPort, User: guestapi.DefaultUser, HostKey: public, ResumedAt: a.recorded.ResumedAt,
 	}
 	for _, port := range order.Grant.Ports {
 		ready.Instance.Ports = append(ready.Instance.Ports, backend.PublishedPort{Port: port, PublicHost: host, PublicPort: port.Number})

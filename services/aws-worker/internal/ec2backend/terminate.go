@@ -14,30 +14,31 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 )
 
-// Terminate implements worker.Driver.
+// Terminate implements worker.Driver. Of a grant that isn't closed it leaves
+// alone what another replica may be at.
 func (b *Backend) Terminate(ctx context.Context, id backend.GrantID) (*backend.ComputeLog, error) {
+	closed, err := b.closed(ctx, id)
+	if err != nil {
+		return nil, err
+	}
 	attempts, err := b.env.Journal.Attempts(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	open := map[identity]*region{}
+	recorded := false
 	for _, a := range attempts {
 		if a.Gone {
+			continue
+		}
+		recorded = true
+		if !closed && !a.Ending {
 			continue
 		}
 		r := b.byName[backend.Region(a.Placement)]
 		if r == nil {
 			return nil, backenderr.New(backenderr.ProviderUnavailable, "attempt %d is in region %s, which is no longer in the configuration", a.Number, a.Placement)
 		}
-		open[identity{id, a.Number}] = r
-	}
-	if len(open) == 0 {
-		// Nobody wrote down that anything exists: EC2 has to be read.
-		if err := b.clearUnrecorded(ctx, id); err != nil {
-			return nil, err
-		}
-	}
-	for attempt, r := range open {
+		attempt := identity{id, a.Number}
 		if err := b.settle(ctx, r, attempt); err != nil {
 			return nil, err
 		}
@@ -45,18 +46,42 @@ func (b *Backend) Terminate(ctx context.Context, id backend.GrantID) (*backend.C
 			return nil, err
 		}
 	}
+	if !recorded {
+		// Nobody wrote down that anything exists: EC2 has to be read.
+		if err := b.clearUnrecorded(ctx, id, closed); err != nil {
+			return nil, err
+		}
+	}
 	return b.env.Journal.SavedLog(ctx, id)
 }
 
+// closed reports whether a grant has ended, so that nothing more is begun for it.
+func (b *Backend) closed(ctx context.Context, id backend.GrantID) (bool, error) {
+	err := b.env.Journal.Check(ctx, id)
+	if backenderr.Is(err, backenderr.GrantEnded) {
+		return true, nil
+	}
+	return false, err
+}
+
 // clearUnrecorded deletes what exists of a grant without open attempts.
-func (b *Backend) clearUnrecorded(ctx context.Context, id backend.GrantID) error {
+func (b *Backend) clearUnrecorded(ctx context.Context, id backend.GrantID, closed bool) error {
 	for _, r := range b.regions {
 		found, err := b.existing(ctx, r)
 		if err != nil {
 			return err
 		}
+		// Only now: what was seen may have been begun since the first look.
+		attempts, err := b.env.Journal.Attempts(ctx, id)
+		if err != nil {
+			return err
+		}
+		begun := map[uint32]bool{}
+		for _, a := range attempts {
+			begun[a.Number] = !a.Gone && !a.Ending && !closed
+		}
 		for attempt := range found {
-			if attempt.grant != id {
+			if attempt.grant != id || begun[attempt.attempt] {
 				continue
 			}
 			if err := b.settle(ctx, r, attempt); err != nil {
