@@ -3,6 +3,7 @@ package ec2sim
 import (
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 
 	"github.com/compute-bridge/compute-bridge/test/cloudsim"
@@ -105,6 +106,7 @@ func decodeQuery(version string) func(*http.Request, []byte) (string, url.Values
 
 func write(w http.ResponseWriter, status int, contentType string, body []byte) {
 	w.Header().Set("Content-Type", contentType)
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
 	w.WriteHeader(status)
 	// A caller that is gone doesn't read what is said.
 	_, _ = w.Write(body)
