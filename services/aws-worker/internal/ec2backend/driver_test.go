@@ -58,7 +58,7 @@ func (s *suiteSite) provision(t *testing.T, b backend.Backend) (backend.Grant, b
 	return g, p
 }
 
-func terminate(t *testing.T, b backend.Backend, id backend.GrantID) *backend.SignedLog {
+func terminate(t *testing.T, b backend.Backend, id backend.GrantID) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(asRequester(t.Context()), suitePatience)
 	defer cancel()
@@ -66,7 +66,6 @@ func terminate(t *testing.T, b backend.Backend, id backend.GrantID) *backend.Sig
 	if err != nil || out.State != backend.StateTerminated {
 		t.Fatalf("terminate: %v, %v", out.State, err)
 	}
-	return out.Log
 }
 
 // ends waits for a grant's final log.
@@ -87,16 +86,28 @@ func ends(t *testing.T, b backend.Backend, id backend.GrantID) backend.ComputeLo
 	return final.Log
 }
 
-// requests are those of one action that were not dry runs.
-func (s *suiteSite) requests(action string) []ec2sim.Request {
-	return slices.DeleteFunc(s.cloud.Cloud.Requests(), func(r ec2sim.Request) bool { return r.Action != action || r.DryRun })
+// waitFor waits until something holds.
+func waitFor(t *testing.T, what string, holds func() bool) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), suitePatience)
+	defer cancel()
+	for !holds() {
+		if sleep(ctx, 5*time.Millisecond) != nil {
+			t.Fatalf("%s doesn't come", what)
+		}
+	}
+}
+
+// launches are the create calls that were not dry runs.
+func (s *suiteSite) launches() []ec2sim.Request {
+	return slices.DeleteFunc(s.cloud.Cloud.Requests(), func(r ec2sim.Request) bool { return r.Action != "RunInstances" || r.DryRun })
 }
 
 func TestOneCallSaysAllOfAnInstance(t *testing.T) {
 	t.Parallel()
 	s, b := openBridge(t, nil)
 	g, p := s.provision(t, b)
-	calls := s.requests("RunInstances")
+	calls := s.launches()
 	if len(calls) != 1 {
 		t.Fatalf("%d create calls", len(calls))
 	}
@@ -160,9 +171,9 @@ func TestStockOutsAreGoneAround(t *testing.T) {
 	if z := zone(g.ID); z != suiteRegion+"b" {
 		t.Errorf("with zone a out of stock the instance is in %s", z)
 	}
-	asked := len(s.requests("RunInstances"))
+	asked := len(s.launches())
 	next, _ := s.provision(t, b)
-	if n := len(s.requests("RunInstances")) - asked; n != 1 {
+	if n := len(s.launches()) - asked; n != 1 {
 		t.Errorf("a zone that was just out of stock is asked again: %d calls", n)
 	}
 	terminate(t, b, g.ID)
@@ -219,7 +230,7 @@ func TestRegionOutsideTheAllowlistIsRefusedByName(t *testing.T) {
 	if !backenderr.Is(err, backenderr.GrantNotSatisfiable) || !strings.Contains(err.Error(), "ap-south-1") || !strings.Contains(err.Error(), suiteRegion) {
 		t.Errorf("got %v", err)
 	}
-	if n := len(s.requests("RunInstances")); n != 0 {
+	if n := len(s.launches()); n != 0 {
 		t.Errorf("%d create calls", n)
 	}
 }
@@ -332,17 +343,10 @@ func TestScheduleEndsTheInstanceOfADeadBridge(t *testing.T) {
 	s.kill()
 	s.stop(t)
 	s.cloud.Machines.IgnoreDeadlines() // the guest's own timer is not what is tried here
-	deadline := time.Now().Add(suitePatience)
-	for {
+	waitFor(t, "the end by the schedule", func() bool {
 		all := s.cloud.Cloud.Instances()
-		if len(all) == 1 && all[0].State == ec2sim.StateTerminated && len(s.cloud.Cloud.Schedules()) == 0 {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("still there: %+v, %+v", all, s.cloud.Cloud.Schedules())
-		}
-		time.Sleep(50 * time.Millisecond)
-	}
+		return len(all) == 1 && all[0].State == ec2sim.StateTerminated && len(s.cloud.Cloud.Schedules()) == 0
+	})
 	if early := g.ValidTo.Add(-time.Second); time.Now().Before(early) {
 		t.Error("it ended before its deadline")
 	}

@@ -26,7 +26,9 @@ func TestManyWhoAskAtOnceShareReads(t *testing.T) {
 		var wg sync.WaitGroup
 		for i := range 200 {
 			wg.Go(func() {
-				time.Sleep(time.Duration(i) * 10 * time.Millisecond) // over two seconds
+				if err := sleep(t.Context(), time.Duration(i)*10*time.Millisecond); err != nil { // over two seconds
+					t.Error(err)
+				}
 				asked := time.Now()
 				got, err := s.now(t.Context())
 				if err != nil || got.asked.Before(asked) {

@@ -3,6 +3,7 @@ package ec2backend
 import (
 	"context"
 	"log/slog"
+	"sync"
 	"testing"
 	"time"
 
@@ -67,13 +68,17 @@ func TestRetryAtAnotherReplicaGetsOneInstance(t *testing.T) {
 				if made, err = second.Provision(asRequester(t.Context()), g, e); !backenderr.Is(err, backenderr.OtherReplica, backenderr.OperationInProgress, backenderr.BootTimeout) {
 					break
 				}
-				time.Sleep(50 * time.Millisecond)
+				_ = sleep(t.Context(), 50*time.Millisecond) // ends with the test
 			}
 			retried <- err
 		}()
-		time.Sleep(overlap)
+		if err := sleep(t.Context(), overlap); err != nil {
+			t.Fatal(err)
+		}
 		leave()
-		<-gone
+		if err := <-gone; err == nil {
+			t.Error("a call that was left has an answer")
+		}
 		if err := <-retried; err != nil {
 			t.Fatalf("overlap %s: %v", overlap, err)
 		}
@@ -101,15 +106,6 @@ func (s *suiteSite) history(id backend.GrantID) int {
 	return n
 }
 
-func waitFor(t *testing.T, what string, holds func() bool) {
-	t.Helper()
-	for until := time.Now().Add(suitePatience); !holds(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(until) {
-			t.Fatalf("%s doesn't come", what)
-		}
-	}
-}
-
 // What one replica ends, another that watches tells of.
 func TestEndAtOneReplicaIsToldByAnother(t *testing.T) {
 	t.Parallel()
@@ -117,8 +113,24 @@ func TestEndAtOneReplicaIsToldByAnother(t *testing.T) {
 	second := s.replica(t)
 	g, _ := s.provision(t, first)
 	ended := make(chan backend.ComputeLog, 1)
-	go func() { ended <- ends(t, second, g.ID) }()
-	time.Sleep(100 * time.Millisecond) // so that it watches, mostly
+	watching := make(chan struct{})
+	go func() {
+		var final backend.ComputeLog
+		told := sync.OnceFunc(func() { close(watching) })
+		err := second.WatchUntilExit(asRequester(t.Context()), backend.HandleFor(g.ID), func(e backend.Event) error {
+			told()
+			if e.Log != nil {
+				final = e.Log.Log
+			}
+			return nil
+		})
+		told()
+		if err != nil {
+			t.Error(err)
+		}
+		ended <- final
+	}()
+	<-watching
 	terminate(t, first, g.ID)
 	select {
 	case log := <-ended:

@@ -116,7 +116,9 @@ func TestLongTwoHundredGrantsAtOnceStayWithinTheBudgets(t *testing.T) {
 	create := count(s.cloud.Cloud.Requests())
 	s.cloud.Cloud.ForgetRequests()
 
-	time.Sleep(time.Minute)
+	if err := sleep(t.Context(), time.Minute); err != nil {
+		t.Fatal(err)
+	}
 	watch := count(s.cloud.Cloud.Requests())
 	s.cloud.Cloud.ForgetRequests()
 
