@@ -319,6 +319,18 @@ func (c *Cloud) take(regionName, serviceName, what string, limit cloudsim.Limit,
 	return c.buckets[name].Take(float64(n), now)
 }
 
+// Actions are all that is served, by service and action ("ec2:RunInstances").
+func (c *Cloud) Actions() []string {
+	var names []string
+	for _, s := range c.services {
+		for action := range s.actions {
+			names = append(names, s.name+":"+action)
+		}
+	}
+	slices.Sort(names)
+	return names
+}
+
 // Deny takes a permission away ("ec2:RunInstances"), or all that are named; Allow
 // gives them back.
 func (c *Cloud) Deny(actions ...string) {
