@@ -221,6 +221,10 @@ lab-down: ## Destroy the lab hosts
 demo: prerequisites build ## A grant from the router to a container on a lab host, end to end (KEEP=1: leave it running)
 	@bin/demo $(if $(KEEP),-keep)
 
+.PHONY: demo-aws
+demo-aws: prerequisites build ## The same with the AWS worker, on a simulated EC2 whose instance boots Debian (KEEP=1: leave it running)
+	@bin/demo -aws $(if $(KEEP),-keep)
+
 # The real AWS. It costs money and wants to be told so: docs/aws.md.
 .PHONY: live-aws
 live-aws: ## Check the AWS worker against AWS itself (CONFIG=worker.toml IMAGE=sha256:HEX; CLEAN=1; costs money)

@@ -4,6 +4,9 @@
 // used; then it kills the worker while a second grant runs and shows that the
 // deadline ends the grant all the same.
 //
+// With -aws it shows the same with an AWS worker on a simulated EC2, an instance of
+// which is a machine that boots Debian with its own cloud-init.
+//
 // Every command is shown as one would type it, with its real output, and what is
 // expected of it is checked. Exit codes: 0 all went as it should; 1 something
 // did not, or something of the demo is left on this machine.
@@ -23,6 +26,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/compute-bridge/compute-bridge/test/internal/awssite"
 	"github.com/compute-bridge/compute-bridge/test/internal/site"
 	"github.com/compute-bridge/compute-bridge/test/lab"
 )
@@ -33,24 +37,29 @@ const cleanLimit = time.Minute
 func main() {
 	lab.Helper()
 	keep := flag.Bool("keep", false, "after the first grant, leave everything running until Ctrl-C, and print the commands to try")
+	aws := flag.Bool("aws", false, "with the AWS worker, on a simulated EC2 whose instances boot")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), unix.SIGINT, unix.SIGTERM, unix.SIGHUP)
-	code := run(ctx, *keep)
+	code := run(ctx, *aws, *keep)
 	stop()
 	os.Exit(code)
 }
 
 // run shows everything and cleans up.
-func run(ctx context.Context, keep bool) int {
+func run(ctx context.Context, aws, keep bool) int {
 	start := time.Now()
 	out := newScreen(os.Stdout)
-	bin, err := programs()
+	parts, worker := (*demo).show, "baremetal-worker"
+	if aws {
+		parts, worker = (*demo).showAWS, "aws-worker"
+	}
+	bin, err := programs(worker)
 	if err != nil {
 		out.fail(err)
 		return 1
 	}
 	d := &demo{screen: out, bin: bin}
-	err = d.show(ctx, keep)
+	err = parts(d, ctx, keep)
 	switch {
 	case ctx.Err() != nil:
 		out.text("\nInterrupted.")
@@ -70,13 +79,13 @@ func run(ctx context.Context, keep bool) int {
 }
 
 // programs returns the directory of the built programs, beside this one.
-func programs() (string, error) {
+func programs(worker string) (string, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return "", err
 	}
 	dir := filepath.Dir(self)
-	for _, name := range []string{"router", "baremetal-worker", "bridgectl", "guest", "lab"} {
+	for _, name := range []string{"router", worker, "bridgectl", "guest", "lab"} {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
 			return "", fmt.Errorf("the bridge's programs should be beside this one: run make build: %w", err)
 		}
@@ -91,6 +100,7 @@ type demo struct {
 	lab       *lab.Lab
 	site      *site.Site
 	host      *lab.Host
+	cloud     *awssite.Cloud // with -aws, in place of a host
 	worker    *site.Worker
 	processes []*site.Process
 }
@@ -111,6 +121,9 @@ func (d *demo) clean() error {
 		} else if code > 0 {
 			errs = append(errs, fmt.Errorf("%s ended with exit code %d:\n%s", p.Name, code, p.LogTail()))
 		}
+	}
+	if d.cloud != nil {
+		errs = append(errs, d.cloud.Close(ctx))
 	}
 	errs = append(errs, d.lab.Close(ctx))
 	left, err := lab.Remains(d.lab.Name())

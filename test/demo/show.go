@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -57,6 +58,22 @@ func (d *demo) show(ctx context.Context, keep bool) error {
 func (d *demo) startHost(ctx context.Context) error {
 	d.step("A host")
 	d.text("A Debian machine with systemd, sshd and podman, in namespaces of its own.")
+	err := d.openLab(ctx)
+	if err != nil {
+		return err
+	}
+	if d.host, err = d.lab.StartHost(ctx, lab.HostOptions{}); err != nil {
+		return err
+	}
+	if err := d.run(ctx, "lab", "-lab", d.lab.Name(), "status"); err != nil {
+		return err
+	}
+	d.good("%s booted in %.1f s", d.host.Name, d.host.BootTime.Seconds())
+	return nil
+}
+
+// openLab makes the lab's network, and the site in it.
+func (d *demo) openLab(ctx context.Context) error {
 	l, err := lab.Open(ctx, lab.Options{Log: d.output()})
 	if err != nil {
 		return err
@@ -64,23 +81,39 @@ func (d *demo) startHost(ctx context.Context) error {
 	d.lab = l
 	// The lab's directory goes with the lab, even if nobody is left to clean up.
 	d.site = &site.Site{Lab: d.lab, Bin: d.bin, Dir: d.lab.Dir() + "/demo", IP: "127.0.0.1"}
-	if err := os.Mkdir(d.site.Dir, 0o700); err != nil {
-		return err
-	}
-	if d.host, err = l.StartHost(ctx, lab.HostOptions{}); err != nil {
-		return err
-	}
-	if err := d.run(ctx, "lab", "-lab", l.Name(), "status"); err != nil {
-		return err
-	}
-	d.good("%s booted in %.1f s", d.host.Name, d.host.BootTime.Seconds())
-	return nil
+	return os.Mkdir(d.site.Dir, 0o700)
 }
 
 // startBridge makes certificates and configurations and starts router and
 // worker.
 func (d *demo) startBridge(ctx context.Context) error {
 	d.step("The bridge: a bare-metal worker and a router, with mutual TLS")
+	d.worker = d.site.Worker("baremetal", 0, site.Host{Host: d.host})
+	if err := d.makeIdentities(ctx); err != nil {
+		return err
+	}
+	if err := d.worker.WriteConfig(d.worker.Config(bridgeID, workerClients()...)); err != nil {
+		return err
+	}
+	card, err := d.startProcesses(ctx)
+	if err != nil {
+		return err
+	}
+	return d.expect(card, "the card offers the host's region", bridgeID, "baremetal", "lab")
+}
+
+// workerClients are who may call the worker.
+func workerClients() []site.Client {
+	return []site.Client{
+		{Identity: site.Identity("router"), Role: "reader", Router: true},
+		{Identity: site.Identity(operator), Role: "operator"},
+		{Identity: "unix:0", Role: "operator"},
+	}
+}
+
+// makeIdentities shows the environment and makes certificates for all who take
+// part.
+func (d *demo) makeIdentities(ctx context.Context) error {
 	var b strings.Builder
 	fmt.Fprintf(&b, "cd %s\n", d.site.Dir)
 	for _, line := range d.site.Environment(market) {
@@ -100,7 +133,7 @@ func (d *demo) startBridge(ctx context.Context) error {
 	_, _ = io.WriteString(d.output(), environment)
 
 	for _, args := range d.site.CertCommands(
-		[2]string{"router", "router"}, [2]string{"baremetal", "reader"}, [2]string{market, "client"}, [2]string{operator, "operator"},
+		[2]string{"router", "router"}, [2]string{d.worker.Name, "reader"}, [2]string{market, "client"}, [2]string{operator, "operator"},
 	) {
 		// The first two say all; the rest says it again.
 		w := d.output()
@@ -111,21 +144,30 @@ func (d *demo) startBridge(ctx context.Context) error {
 			return err
 		}
 	}
-	d.worker = d.site.Worker("baremetal", 0, site.Host{Host: d.host})
-	if err := d.worker.WriteConfig(d.worker.Config(bridgeID,
-		site.Client{Identity: site.Identity("router"), Role: "reader", Router: true},
-		site.Client{Identity: site.Identity(operator), Role: "operator"}, site.Client{Identity: "unix:0", Role: "operator"},
-	)); err != nil {
-		return err
-	}
+	return nil
+}
+
+// startProcesses starts worker and router, and returns the card that they offer.
+func (d *demo) startProcesses(ctx context.Context) (string, error) {
 	if err := d.site.WriteRouterConfig(d.site.RouterConfig(bridgeID, []site.Client{
 		{Identity: site.Identity(market), Role: "client"}, {Identity: site.Identity(operator), Role: "operator"}, {Identity: "unix:0", Role: "operator"},
 	}, d.worker)); err != nil {
-		return err
+		return "", err
 	}
 	if err := d.startWorker(ctx); err != nil {
-		return err
+		return "", err
 	}
+	if err := d.startRouter(ctx); err != nil {
+		return "", err
+	}
+	if err := d.waitForBackend(ctx, "BACKEND_HEALTH_SERVING"); err != nil {
+		return "", err
+	}
+	return d.outputOf(ctx, "bridgectl", "card")
+}
+
+// startRouter starts the router's process.
+func (d *demo) startRouter(ctx context.Context) error {
 	d.command("router -config router/router.toml &")
 	start := time.Now()
 	router, err := d.site.StartRouter(ctx)
@@ -134,20 +176,12 @@ func (d *demo) startBridge(ctx context.Context) error {
 	}
 	d.processes = append(d.processes, router)
 	d.good("the router serves after %.1f s, process %d", time.Since(start).Seconds(), router.PID())
-
-	if err := d.waitForBackend(ctx, "BACKEND_HEALTH_SERVING"); err != nil {
-		return err
-	}
-	card, err := d.outputOf(ctx, "bridgectl", "card")
-	if err != nil {
-		return err
-	}
-	return d.expect(card, "the card offers the host's region", bridgeID, "baremetal", "lab")
+	return nil
 }
 
 // startWorker starts the worker's process.
 func (d *demo) startWorker(ctx context.Context) error {
-	d.command("baremetal-worker -config baremetal/worker.toml &")
+	d.command(cmp.Or(d.worker.Program, "baremetal-worker") + " -config " + d.worker.Name + "/worker.toml &")
 	start := time.Now()
 	p, err := d.site.StartWorker(ctx, d.worker)
 	if err != nil {
@@ -364,7 +398,7 @@ func (d *demo) suggest(grant string) {
 		"bridgectl provision --image-digest sha256:$(ls images/sha256) --cpu 500m --ram 256Mi --disk 1Gi --for 1h --seal",
 		"bridgectl terminate " + grant,
 		"bridgectl logs --verify",
-		"tail -f router.log baremetal.log",
+		"tail -f router.log " + d.worker.Name + ".log",
 		"ssh -F ssh_config grant-" + grant,
 	} {
 		_, _ = fmt.Fprintln(d.output(), d.paint("1", line))
@@ -376,7 +410,7 @@ func (d *demo) suggest(grant string) {
 		"grpcurl " + flags + " " + d.site.RouterAddr() + " computebridge.v1.BackendService/Capabilities",
 		"grpcurl " + flags + " " + d.site.RouterAddr() + " computebridge.v1.InventoryService/ListInstances",
 		"grpcurl -plaintext -unix $PWD/router/router.sock computebridge.v1.FleetService/ListBackends",
-		"grpcurl -plaintext -unix $PWD/baremetal/worker.sock computebridge.v1.InventoryService/ListComputeLogs",
+		"grpcurl -plaintext -unix $PWD/" + d.worker.Name + "/worker.sock computebridge.v1.InventoryService/ListComputeLogs",
 	} {
 		_, _ = fmt.Fprintln(d.output(), d.paint("1", line))
 	}
