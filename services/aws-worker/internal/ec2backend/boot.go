@@ -137,15 +137,10 @@ func (c *clients) tryTerminate(ctx context.Context, r *regionClients) error {
 // tryRun asks whether an instance might be made. Capacity and quotas are not the
 // question.
 func (c *clients) tryRun(ctx context.Context, r *regionClients) error {
-	launch := c.launch
-	if launch == nil {
-		launch = c.probeLaunch
-	}
-	input, err := launch(ctx, r)
+	input, err := c.probeLaunch(ctx, r)
 	if err != nil {
 		return err
 	}
-	input.DryRun = aws.Bool(true)
 	_, err = r.ec2.RunInstances(ctx, input)
 	row, _ := known(vendorErrors, codeOf(err))
 	if codeOf(err) == codeDryRun || row.effect == capacity || row.reason == backenderr.QuotaExceeded {
@@ -182,7 +177,7 @@ func (c *clients) probeLaunch(ctx context.Context, r *regionClients) (*ec2.RunIn
 	}
 	return &ec2.RunInstancesInput{
 		ImageId: aws.String(image.ID), InstanceType: types.InstanceType(offers[0].Type), SubnetId: aws.String(offers[0].Subnet),
-		MinCount: aws.Int32(1), MaxCount: aws.Int32(1),
+		MinCount: aws.Int32(1), MaxCount: aws.Int32(1), DryRun: aws.Bool(true),
 		InstanceInitiatedShutdownBehavior: types.ShutdownBehaviorTerminate,
 		MetadataOptions: &types.InstanceMetadataOptionsRequest{
 			HttpTokens: types.HttpTokensStateRequired, HttpPutResponseHopLimit: aws.Int32(1), HttpEndpoint: types.InstanceMetadataEndpointStateEnabled,

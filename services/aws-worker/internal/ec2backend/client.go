@@ -55,11 +55,8 @@ type clients struct {
 	metrics   *callMetrics
 	order     []*regionClients // in the operator's order
 
-	// launch renders the call that the check of permissions tries out; nil: one
-	// without a subnet.
-	launch func(ctx context.Context, r *regionClients) (*ec2.RunInstancesInput, error)
-
-	// What the check renders that call from.
+	// What the check renders the call from that it tries out; newCatalogue and
+	// newImages set them.
 	catalogue *catalogue
 	images    *images
 
@@ -208,7 +205,7 @@ func newRetryer(backoff time.Duration) aws.Retryer {
 			if ok && (row.effect == capacity || row.reason == backenderr.QuotaExceeded) {
 				return aws.FalseTernary
 			}
-			if _, ok := errors.AsType[*notSentError](err); ok {
+			if isNotSent(err) {
 				return aws.FalseTernary
 			}
 			return aws.UnknownTernary

@@ -370,8 +370,8 @@ func TestACallThatNeverGotItsTurnWasNotSent(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	_, err := r.ec2.RunInstances(ctx, input)
-	if err == nil || !refused(err) || asked.Load() != 1 {
-		t.Errorf("%v, refused: %t, %d requests", err, refused(err), asked.Load())
+	if got := classify(err, "create"); got == nil || got.Reason != backenderr.ProviderUnavailable || !refused(err) || asked.Load() != 1 {
+		t.Errorf("%v, refused: %t, %d requests", got, refused(err), asked.Load())
 	}
 }
 

@@ -281,6 +281,8 @@ func classify(err error, doing string) *backenderr.Error {
 		return backenderr.Wrap(backenderr.Cancelled, cause, "%s", doing)
 	case errors.Is(err, context.DeadlineExceeded):
 		return backenderr.Wrap(backenderr.DeadlineExceeded, cause, "%s", doing)
+	case isNotSent(err):
+		return backenderr.Wrap(backenderr.ProviderUnavailable, cause, "%s", doing).WithRetryAfter(retryThrottled)
 	case isTransport(err):
 		return backenderr.Wrap(backenderr.ProviderUnavailable, cause, "%s", doing).WithRetryAfter(retryFailing)
 	}
@@ -308,10 +310,7 @@ func refused(err error) bool {
 
 // refusedAttempt is refused for one attempt of a call.
 func refusedAttempt(err error) bool {
-	if _, ok := errors.AsType[*notSentError](err); ok {
-		return true
-	}
-	if _, ok := errors.AsType[*credentialsError](err); ok {
+	if _, ok := errors.AsType[*credentialsError](err); ok || isNotSent(err) {
 		return true
 	}
 	if api, ok := errors.AsType[smithy.APIError](err); ok {
@@ -469,6 +468,11 @@ type notSentError struct{ err error }
 
 func (e *notSentError) Error() string { return fmt.Sprintf("not sent: %v", e.err) }
 func (e *notSentError) Unwrap() error { return e.err }
+
+func isNotSent(err error) bool {
+	_, ok := errors.AsType[*notSentError](err)
+	return ok
+}
 
 // attemptTimeoutError is the end of one attempt, and not of its caller's patience.
 type attemptTimeoutError struct{ after time.Duration }

@@ -19,6 +19,11 @@ const (
 	metricPeriod = 5 * time.Minute
 	// maxMetrics is how many one GetMetricData call may ask for (pageMetrics).
 	maxMetrics = 500
+	// maxFigure is above what an instance can do in five minutes: 448 CPUs at 100 %
+	// each, or 200 Gbit/s.
+	maxFigure = 1 << 50
+	// maxTotal fits into a figure of ours.
+	maxTotal = 1 << 62
 	// maxMetricAge is how long CloudWatch keeps periods of 5 minutes.
 	// https://docs.aws.amazon.com/AmazonCloudWatch/latest/monitoring/cloudwatch_concepts.html
 	maxMetricAge = 63 * 24 * time.Hour
@@ -155,8 +160,11 @@ func measurement(m metric, q usageQuery, points map[time.Time]float64, now time.
 	var sum float64
 	for _, start := range starts {
 		end := start.Add(metricPeriod)
-		if end.After(now) || !end.After(q.from) || !start.Before(q.to) {
+		if end.After(now) || !end.After(q.from) || !start.Before(q.to) || !q.from.Before(q.to) {
 			continue
+		}
+		if value := points[start]; !(value >= 0 && value < maxFigure) {
+			break // not a figure
 		}
 		if out.To.IsZero() {
 			out.From = later(start, q.from)
@@ -176,7 +184,7 @@ func measurement(m metric, q usageQuery, points map[time.Time]float64, now time.
 	}
 	out.To = earlier(out.To, q.to)
 	out.From, out.To = out.From.UTC(), out.To.UTC()
-	out.Value = int64(sum)
+	out.Value = int64(min(sum, maxTotal))
 	return out
 }
 

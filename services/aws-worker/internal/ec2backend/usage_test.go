@@ -2,6 +2,7 @@ package ec2backend
 
 import (
 	"fmt"
+	"math"
 	"testing"
 	"time"
 
@@ -53,6 +54,31 @@ func TestAFigureSaysWhichTimeItCovers(t *testing.T) {
 	if got := measurement(average, usageQuery{from: at(0), to: at(5)}, map[time.Time]float64{at(0): 100}, at(60)); got != nil {
 		t.Errorf("CPU time of a type that nobody knows: %+v", got)
 	}
+}
+
+func FuzzFigures(f *testing.F) {
+	f.Add(int64(0), int64(900), int64(3600), int64(300), 50.0, 60.0)
+	f.Add(int64(-7), int64(10), int64(20), int64(0), math.NaN(), math.Inf(1))
+	f.Add(int64(100), int64(50), int64(20), int64(-300), -1.0, 1e300)
+	f.Fuzz(func(t *testing.T, from, to, now, second int64, a, b float64) {
+		const most = 1 << 40 // seconds; times beyond are nobody's
+		for _, n := range []int64{from, to, now, second} {
+			if n < -most || n > most {
+				return
+			}
+		}
+		q := usageQuery{cpus: 4, from: time.Unix(from, 0), to: time.Unix(to, 0)}
+		points := map[time.Time]float64{time.Unix(0, 0): a, time.Unix(second, 0): b}
+		for _, m := range metrics {
+			got := measurement(m, q, points, time.Unix(now, 0))
+			if got == nil {
+				continue
+			}
+			if got.Value < 0 || got.From.Before(q.from) || got.To.After(q.to) || !got.From.Before(got.To) || got.To.After(time.Unix(now, 0)) {
+				t.Errorf("%s from %s to %s: %+v", m.name, q.from, q.to, got)
+			}
+		}
+	})
 }
 
 // planted is an instance with figures of its own for a quarter of an hour.
@@ -128,7 +154,7 @@ func TestNobodyWaitsLongForUsage(t *testing.T) {
 	cloud, c := simulated(t, ec2sim.Options{})
 	c.MetricsTimeout.Duration = 50 * time.Millisecond
 	hold := make(chan struct{})
-	cloud.Intercept(func(r ec2sim.Request) ec2sim.Intervention { return ec2sim.Intervention{After: func() { <-hold }} })
+	cloud.Intercept(func(ec2sim.Request) ec2sim.Intervention { return ec2sim.Intervention{After: func() { <-hold }} })
 	defer close(hold)
 	now := time.Now()
 	_, err := openClients(t, c).order[0].usage(t.Context(), "i-0123456789abcdef0", 2, now.Add(-time.Hour), now)
