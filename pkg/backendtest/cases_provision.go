@@ -77,7 +77,50 @@ func (e *env) open(key *ecdh.PrivateKey, r backend.Receipt) redact.Secret {
 func (e *env) beforeCreation() Fault {
 	e.Helper()
 	g, envelope := e.grant()
-	stop := e.f.Record(g.ID)
+	calls := e.untilCreation(g, envelope, g.ID)
+	for _, c := range calls {
+		if c.Side == SideProvider && c.Point != e.f.CreatePoint && (!c.Varies || e.isItsOwn(c.Point)) {
+			return Fault{Side: c.Side, Point: c.Point}
+		}
+	}
+	at, nth := Fault{}, map[string]int{}
+	for _, c := range calls {
+		if c.Side == SideLedger && !c.Varies {
+			nth[c.Point]++
+			at = Fault{Side: c.Side, Point: c.Point, Nth: nth[c.Point]}
+		}
+	}
+	if at.Point == "" {
+		e.Fatalf("Provision made no call for the grant before the provider's %s", e.f.CreatePoint)
+	}
+	return at
+}
+
+// isItsOwn reports whether each Provision makes a provider call for its own grant
+// before it has the instance made. One that is made for all grants, or for none,
+// may be held for somebody else, at any time.
+func (e *env) isItsOwn(point string) bool {
+	e.Helper()
+	is := func(c Call) bool { return c.Side == SideProvider && c.Point == point }
+	bystander, _ := e.f.Satisfiable()
+	for _, own := range []bool{true, false} {
+		g, envelope := e.grant()
+		of := bystander.ID
+		if own {
+			of = g.ID
+		}
+		if slices.ContainsFunc(e.untilCreation(g, envelope, of), is) != own {
+			return false
+		}
+	}
+	return true
+}
+
+// untilCreation provisions a grant, ends it, and returns the calls that count for
+// a grant, this one or another, until the one that creates.
+func (e *env) untilCreation(g backend.Grant, envelope backend.Envelope, of backend.GrantID) []Call {
+	e.Helper()
+	stop := e.f.Record(of)
 	hold := e.f.Inject(Fault{Point: e.f.CreatePoint, Kind: FaultSlow, GrantID: g.ID})
 	defer hold.Release()
 	call := e.begin(e.ctx(), g, envelope)
@@ -88,22 +131,7 @@ func (e *env) beforeCreation() Fault {
 		e.Fatalf("Provision: %s", describe(o.err))
 	}
 	e.terminate(e.handle(g.ID))
-	at, nth := Fault{}, map[string]int{}
-	for _, c := range calls {
-		switch {
-		case c.Varies:
-			// What is shared may be held for somebody else, at any time.
-		case c.Side == SideProvider && c.Point != e.f.CreatePoint:
-			return Fault{Side: c.Side, Point: c.Point}
-		case c.Side == SideLedger:
-			nth[c.Point]++
-			at = Fault{Side: c.Side, Point: c.Point, Nth: nth[c.Point]}
-		}
-	}
-	if at.Point == "" {
-		e.Fatalf("Provision made no call before the provider's %s", e.f.CreatePoint)
-	}
-	return at
+	return calls
 }
 
 // closedAt provisions a new grant that another process closes while a call of
