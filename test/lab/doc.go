@@ -14,6 +14,10 @@
 // Tests then call [NewHost]. A program that is not a test calls [Helper] first
 // in its main function, and [Open].
 //
+// A machine ([Lab.StartMachine]) is a host that boots as a cloud's instances do:
+// nothing is set up in it but what its cloud-init finds out. Package labvm makes
+// instances of it.
+//
 // What such a host lacks: the machine's cgroup controllers, when the machine
 // holds them in cgroup v1 (limits can be set and read back, but do nothing);
 // virtual machines; a kernel of its own.

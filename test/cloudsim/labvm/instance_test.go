@@ -224,14 +224,30 @@ func (s *site) isGrantsInstance(m *Machine) {
 	if out, err := shell.CombinedOutput(); exitCode(err) != 3 || !strings.Contains(string(out), "terminal-42") {
 		t.Errorf("a shell: %v\n%s", err, out)
 	}
-	// The machine's own sshd answered nobody, and nothing of IMDS is to be had.
-	if out, err := m.Host().Exec(t.Context(), "journalctl", "-b", "--no-pager", "-u", "ssh.service", "-u", "ssh.socket", "-o", "cat"); err != nil ||
+	s.isShut(m)
+}
+
+// isShut checks what a tenant must not get at.
+func (s *site) isShut(m *Machine) {
+	t, ctx := s.t, s.t.Context()
+	t.Helper()
+	if out, err := m.Host().Exec(ctx, "journalctl", "-b", "--no-pager", "-u", "ssh.service", "-u", "ssh.socket", "-o", "cat"); err != nil ||
 		strings.Contains(out, "Started") || strings.Contains(out, "Listening on") {
 		t.Errorf("the machine's own sshd ran (%v):\n%s", err, out)
 	}
-	out, err := s.ssh(t.Context(), m, "wget -T 5 -O - http://169.254.169.254/latest/api/token").CombinedOutput()
-	if err == nil || strings.Contains(string(out), "405") {
+	// What the machine itself reaches refuses it for want of a token; the workload
+	// doesn't get that far.
+	if _, err := m.Host().Exec(ctx, "python3", "-c", `import urllib.request; urllib.request.urlopen("http://169.254.169.254/latest/user-data")`); err == nil ||
+		!strings.Contains(err.Error(), "401") {
+		t.Errorf("the metadata service tells the machine: %v", err)
+	}
+	out, err := s.ssh(ctx, m, "wget -T 5 -O - http://169.254.169.254/latest/user-data").CombinedOutput()
+	if err == nil || strings.Contains(string(out), "401") {
 		t.Errorf("the workload reaches the metadata service (%v):\n%s", err, out)
+	}
+	s.says(m, "test ! -e /run/systemd/private && test ! -e /run/dbus/system_bus_socket && test ! -e /etc/compute-bridge && test ! -r /proc/1/root/etc")
+	if shown := string(m.Console()); strings.Contains(shown, "failed schema validation") {
+		t.Error("cloud-init doesn't like the user-data")
 	}
 }
 
