@@ -58,7 +58,7 @@ func TestConformance(t *testing.T) {
 }
 
 // TestLongConformance does so with all over gRPC, with the worker killed at every
-// call that changes something, and with a sample of calls that fail.
+// call, and with a sample of all the calls that may fail.
 func TestLongConformance(t *testing.T) {
 	t.Run("grpc", func(t *testing.T) {
 		conform(t, backendtest.Harness{
@@ -67,17 +67,17 @@ func TestLongConformance(t *testing.T) {
 	})
 	t.Run("crash", func(t *testing.T) {
 		conform(t, backendtest.Harness{
-			Only: []string{"crash"}, DirectOnly: true, Sweep: backendtest.Sweep{MutatingOnly: true, Parallel: suiteParallel},
+			Only: []string{"crash"}, DirectOnly: true, Sweep: backendtest.Sweep{Parallel: suiteParallel},
 		}, 0)
 	})
 	t.Run("faults", func(t *testing.T) {
 		conform(t, backendtest.Harness{
-			Only: []string{"faults"}, DirectOnly: true, Sweep: backendtest.Sweep{Sample: 16, Parallel: suiteParallel},
+			Only: []string{"faults"}, DirectOnly: true, Sweep: backendtest.Sweep{Sample: 40, Parallel: suiteParallel},
 		}, 0)
 	})
 	t.Run("orphans", func(t *testing.T) {
 		conform(t, backendtest.Harness{
-			Only: []string{"orphans"}, DirectOnly: true, Sweep: backendtest.Sweep{Sample: 16, Parallel: suiteParallel},
+			Only: []string{"orphans"}, DirectOnly: true, Sweep: backendtest.Sweep{Parallel: suiteParallel},
 		}, suiteOrphanAge)
 	})
 }

@@ -722,10 +722,11 @@ func (b *Backend) bootTimeout(ctx context.Context, a *attempt, last error) error
 
 // console returns an instance's console, what can be had of it. EC2 posts it
 // some time after the end; it is read again until enough of it is there, for as
-// long as that may take.
+// long as that may take, and longer when EC2 doesn't answer.
 func (b *Backend) console(ctx context.Context, r *region, instanceID string, enough func([]byte) bool) []byte {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), min(consoleTimeout, 2*b.config.PollInterval.Duration))
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), consoleTimeout)
 	defer cancel()
+	posted := time.Now().Add(min(consoleTimeout, 2*b.config.PollInterval.Duration))
 	var text []byte
 	for {
 		answer, err := r.clients.ec2.GetConsoleOutput(ctx, &ec2.GetConsoleOutputInput{InstanceId: aws.String(instanceID), Latest: aws.Bool(true)})
@@ -738,7 +739,9 @@ func (b *Backend) console(ctx context.Context, r *region, instanceID string, eno
 				text = decoded
 			}
 		}
-		if enough(text) || sleep(ctx, b.config.PollInterval.Duration/freshGap) != nil {
+		answered := err == nil || notFound(err) ||
+			backenderr.Is(classify(err, "read the console"), backenderr.ProviderDenied, backenderr.ProviderUnauthenticated)
+		if enough(text) || answered && time.Now().After(posted) || sleep(ctx, b.config.PollInterval.Duration/freshGap) != nil {
 			return text
 		}
 	}
