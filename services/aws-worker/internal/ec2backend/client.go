@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -99,7 +100,7 @@ func newClients(ctx context.Context, c Config, env worker.Env) (*clients, error)
 	}
 	out.transport = built.GetTransport()
 	out.transport.MaxIdleConnsPerHost = idleConnections
-	loaded.HTTPClient = &http.Client{Transport: out.transport, CheckRedirect: func(*http.Request, []*http.Request) error {
+	loaded.HTTPClient = &http.Client{Transport: plainBodies{out.transport}, CheckRedirect: func(*http.Request, []*http.Request) error {
 		return http.ErrUseLastResponse // no API sends us elsewhere
 	}}
 	loaded.Logger = sdkLog{env.Log, context.WithoutCancel(ctx)}
@@ -116,6 +117,20 @@ func newClients(ctx context.Context, c Config, env worker.Env) (*clients, error)
 		out.order = append(out.order, out.newRegion(rc))
 	}
 	return out, nil
+}
+
+// plainBodies hides from the transport that the SDK's request bodies can write
+// themselves. They fail to once they are closed, which the SDK does as soon as an
+// answer begins; to the transport, which looks whether there is more to send, that
+// is a connection that broke, and it closes it in the middle of the answer.
+type plainBodies struct{ http.RoundTripper }
+
+// RoundTrip implements http.RoundTripper.
+func (p plainBodies) RoundTrip(r *http.Request) (*http.Response, error) {
+	if r.Body != nil && r.Body != http.NoBody {
+		r.Body = struct{ io.ReadCloser }{r.Body}
+	}
+	return p.RoundTripper.RoundTrip(r)
 }
 
 // idleConnections to one endpoint are kept, which is how many calls are under

@@ -172,6 +172,34 @@ func TestACABundleOfTheEnvironmentIsUsed(t *testing.T) {
 	}
 }
 
+// The SDK's request bodies break connections in the middle of long answers that
+// come at once; see plainBodies.
+func TestLongAnswersArriveWhole(t *testing.T) {
+	t.Parallel()
+	const n = 200
+	var long strings.Builder
+	long.WriteString(`<DescribeVolumesResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/"><volumeSet>`)
+	for i := range n {
+		fmt.Fprintf(&long, "<item><volumeId>vol-%017x</volumeId><status>in-use</status></item>", i)
+	}
+	long.WriteString("</volumeSet></DescribeVolumesResponse>")
+	var asked atomic.Int32
+	r := oneRegion(t, func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		fmt.Fprint(w, long.String())
+	})
+	const calls = 100
+	for range calls {
+		answer, err := r.ec2.DescribeVolumes(t.Context(), &ec2.DescribeVolumesInput{})
+		if err != nil || len(answer.Volumes) != n {
+			t.Fatal(err)
+		}
+	}
+	if asked.Load() != calls {
+		t.Errorf("%d requests for %d calls", asked.Load(), calls)
+	}
+}
+
 func TestWhatAnotherTryDoesntMendIsNotTriedAgain(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct {
