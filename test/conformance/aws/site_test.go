@@ -35,7 +35,7 @@ const (
 	// room is how many grants fit at once.
 	room = 4
 	// speed is how many times faster than the real one the cloud is.
-	speed = 200
+	speed = 500
 	// patience is how long a busy machine with two cores may take for what takes
 	// a second on an idle one.
 	patience = 90 * time.Second
@@ -163,11 +163,16 @@ instance_families = ["t3"]
 max_concurrent_instances = %d
 boot_timeout = "20s"
 undo_timeout = "20s"
-poll_interval = "20ms"
+poll_interval = "10ms"
 usage_interval = %q
-visibility_delay = "100ms"
+visibility_delay = "50ms"
 metrics_timeout = "1s"
 stock_out_memory = "1ms" # or a retry is refused what a fault has refused
+
+[[backend.api_limit]] # the cloud has none either: the suite would mostly wait for them
+action = "*"
+burst = 10000
+per_second = 10000
 
 [[backend.region]]
 name = %q
