@@ -13,7 +13,6 @@ import (
 	smithyhttp "github.com/aws/smithy-go/transport/http"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
-	"github.com/compute-bridge/compute-bridge/pkg/imagestore"
 )
 
 // Pages of AWS's that document error codes.
@@ -350,31 +349,6 @@ func stateReasonError(code, message string) *backenderr.Error {
 		return backenderr.New(backenderr.Unknown, "EC2 ended the instance: %s", text)
 	}
 	return backenderr.New(row.reason, "EC2 ended the instance: %s", text).WithRetryAfter(row.retry)
-}
-
-// imageErrors is what the image store may say, and what it means for a grant.
-var imageErrors = []struct {
-	err    error
-	reason backenderr.Reason
-}{
-	{imagestore.ErrNotFound, backenderr.ImageUnavailable},
-	{imagestore.ErrUnavailable, backenderr.ImageUnavailable},
-	{imagestore.ErrTooLarge, backenderr.ImageInvalid},
-	{imagestore.ErrInvalidPointer, backenderr.GrantInvalid},
-}
-
-// imageError classifies an error of the image store.
-func imageError(err error) error {
-	for _, known := range imageErrors {
-		if !errors.Is(err, known.err) {
-			continue
-		}
-		if known.reason == backenderr.GrantInvalid {
-			return backenderr.Invalid(known.reason, backenderr.Violation{Field: "envelope.image_pointer", Description: err.Error()})
-		}
-		return backenderr.Wrap(known.reason, err, "image store").WithCreated(backenderr.CreatedNone)
-	}
-	return backenderr.Wrap(backenderr.From(err).Reason, err, "image store").WithCreated(backenderr.CreatedNone)
 }
 
 // apiError shows people the part of an SDK's error that says something, and

@@ -100,7 +100,7 @@ func (s *store) image(ctx context.Context, order worker.Order, until time.Time) 
 	digest := imagestore.Digest{Algorithm: imagestore.Algorithm(want.Algorithm.String()), Sum: want.Sum}
 	path, err := imagestore.Image{Digest: digest, Pointer: order.ImagePointer}.Path(s.base)
 	if err != nil {
-		return guestapi.MachineImage{}, imageError(err)
+		return guestapi.MachineImage{}, imagestore.Classify(err).WithCreated(backenderr.CreatedNone)
 	}
 	// Segments are of unreserved characters only, so that joining is all.
 	address := s.base + "/" + path
@@ -110,7 +110,7 @@ func (s *store) image(ctx context.Context, order worker.Order, until time.Time) 
 		}
 	}
 	if err := s.look(ctx, address, path); err != nil {
-		return guestapi.MachineImage{}, imageError(err)
+		return guestapi.MachineImage{}, imagestore.Classify(err).WithCreated(backenderr.CreatedNone)
 	}
 	return guestapi.MachineImage{URL: address, Digest: digest.String(), MaxBytes: s.maximum}, nil
 }

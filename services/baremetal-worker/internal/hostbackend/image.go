@@ -178,7 +178,7 @@ func (c *imageCache) fetch(ctx context.Context, want backend.Digest, pointer, fi
 	digest := imagestore.Digest{Algorithm: imagestore.Algorithm(want.Algorithm.String()), Sum: want.Sum}
 	source, size, err := h.backend.store.Open(ctx, imagestore.Image{Digest: digest, Pointer: pointer})
 	if err != nil {
-		return imageError(err)
+		return imagestore.Classify(err)
 	}
 	defer func() { _ = source.Close() }() // read only
 	if err := c.room(ctx, size); err != nil {
@@ -188,7 +188,7 @@ func (c *imageCache) fetch(ctx context.Context, want backend.Digest, pointer, fi
 	reader := &progressReader{source: source, size: size, tell: progress}
 	if _, err := h.fs.Upload(ctx, file, 0o600, reader, func(int64) error { return reader.verdict() }); err != nil {
 		if verdict := reader.err; verdict != nil && !errors.Is(verdict, io.EOF) {
-			return imageError(verdict)
+			return imagestore.Classify(verdict)
 		}
 		return err
 	}
