@@ -361,7 +361,7 @@ func TestScheduleEndsTheInstanceOfADeadBridge(t *testing.T) {
 
 func TestInstanceThatTheLedgerForgotIsAdopted(t *testing.T) {
 	t.Parallel()
-	s, b := openBridge(t, nil)
+	s, b := openBridge(t, func(c *Config) { c.StockOutMemory.Duration = time.Minute })
 	restock := s.cloud.Cloud.StockOut(suiteRegion, suiteRegion+"a", "") // so that its attempt is not the first
 	g, e := s.grant()
 	before, err := b.Provision(asRequester(t.Context()), g, e)
