@@ -65,6 +65,9 @@ type Options struct {
 	Speed float64
 	// NoBuckets switches the throttling off.
 	NoBuckets bool
+	// HiddenAtLeast is how long a new instance isn't found at least, whatever the
+	// Speed.
+	HiddenAtLeast time.Duration
 	// GroupVisible is how long a new security group may not be found yet, before
 	// Speed divides it. The service's groups can take a while, but mostly don't.
 	GroupVisible time.Duration

@@ -111,7 +111,7 @@ func createGroup(q *call) effect {
 			serial: c.nextSerial(), vpc: r.vpc, visible: c.clock.Now().Add(c.clock.Scale(c.options.GroupVisible)),
 		}
 		r.groups[g.ID] = g
-		return []element{boolean("return", true), text("groupId", g.ID), tagSet(g.Tags), text("securityGroupArn", g.arn())}, nil
+		return []element{text("groupId", g.ID), tagSet(g.Tags), text("securityGroupArn", g.arn())}, nil
 	}
 }
 

@@ -107,7 +107,7 @@ func (c *Cloud) make(r *region, l *launch, image Image, kind InstanceType, place
 			Public: l.public == nil || *l.public,
 		},
 		serial: c.nextSerial(), kind: kind, image: image, spot: l.spot, detailed: l.detailed,
-		visible: now.Add(c.clock.Scale(visibleAfter)), kill: make(chan struct{}), gone: make(chan struct{}),
+		visible: now.Add(max(c.clock.Scale(visibleAfter), c.options.HiddenAtLeast)), kill: make(chan struct{}), gone: make(chan struct{}),
 	}
 	i.SecurityGroups = l.groups
 	if len(i.SecurityGroups) == 0 {

@@ -143,6 +143,9 @@ func createSchedule(q *call) effect {
 		},
 		token: p.text("ClientToken"), gone: make(chan struct{}),
 	}
+	if s.Timezone == "" {
+		s.Timezone = "UTC"
+	}
 	target := p.below("Target")
 	s.Target, s.Role, s.Input = target.required("Arn"), target.required("RoleArn"), target.required("Input")
 	retry := target.below("RetryPolicy")

@@ -1,0 +1,50 @@
+package ec2sim_test
+
+import (
+	"os/exec"
+	"testing"
+	"time"
+
+	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
+)
+
+// python is Debian's own, whose boto3 is a package of Debian's too; another in
+// PATH may have none, or any.
+const python = "/usr/bin/python3"
+
+func TestBoto3Agrees(t *testing.T) {
+	// Fast, but for the moment in which an instance isn't found.
+	s := open(t, ec2sim.Options{Speed: 3000, HiddenAtLeast: 200 * time.Millisecond, NoBuckets: true})
+	throttled := open(t, ec2sim.Options{})
+	defer s.StockOut("us-east-1", "us-east-1b", "m7i.large")()
+	defer s.StockOutAfterLaunch("us-east-1", "", "c7i.large")()
+	s.SetQuota("us-east-1", ec2sim.Quotas{OnDemand: 8, Spot: 2})
+	s.Intercept(func(r ec2sim.Request) ec2sim.Intervention {
+		switch {
+		case r.Region == "us-east-1" && r.Action == "DeleteVolume":
+			return ec2sim.Intervention{Refuse: ec2sim.Unauthorized()}
+		case r.Region == "us-east-1" && r.Action == "DescribeVpcs":
+			return ec2sim.Intervention{Refuse: ec2sim.InternalError()}
+		default:
+			return ec2sim.Intervention{}
+		}
+	})
+	check := exec.CommandContext(t.Context(), python, "testdata/boto3_check.py", s.url, throttled.url, ec2sim.AccessKeyID, ec2sim.SecretAccessKey)
+	// Nothing of this machine's own configuration.
+	check.Env = []string{"AWS_EC2_METADATA_DISABLED=true", "AWS_CONFIG_FILE=/nonexistent", "AWS_SHARED_CREDENTIALS_FILE=/nonexistent", "PYTHONDONTWRITEBYTECODE=1"}
+	output, err := check.CombinedOutput()
+	if err != nil {
+		t.Fatalf("boto3 does not agree (%v):\n%s", err, output)
+	}
+	served := map[string]bool{}
+	for _, r := range s.Requests() {
+		if r.Answer == "" {
+			served[r.Service+":"+r.Action] = true
+		}
+	}
+	for _, action := range s.Actions() {
+		if !served[action] {
+			t.Errorf("%s was never answered: the check lacks it", action)
+		}
+	}
+}
