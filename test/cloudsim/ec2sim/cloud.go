@@ -232,7 +232,8 @@ func (c *Cloud) Close() {
 	server := c.server
 	c.serving.Unlock()
 	if server != nil {
-		server.Close()
+		// It closes the listener, whose error says nothing to anybody.
+		_ = server.Close()
 	}
 	c.mu.Lock()
 	c.closed = true

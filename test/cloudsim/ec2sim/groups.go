@@ -116,7 +116,7 @@ func createGroup(q *call) effect {
 }
 
 // groupText is what names and descriptions may have in them.
-var groupText = regexp.MustCompile(`^[a-zA-Z0-9 ._\-:/()#,@\[\]+=&;{}!$*]*$`) //nolint:gochecknoglobals // a constant that Go can't declare
+var groupText = regexp.MustCompile(`^[a-zA-Z0-9 ._\-:/()#,@\[\]+=&;{}!$*]*$`)
 
 func (g *group) arn() string {
 	return fmt.Sprintf("arn:aws:ec2:%s:%s:security-group/%s", g.Region, Account, g.ID)

@@ -137,7 +137,7 @@ type codes struct {
 }
 
 // credentialScope is the part of a signature that says where it is good.
-var credentialScope = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=([^/, ]+)/(\d{8})/([^/, ]+)/([^/, ]+)/aws4_request, ?SignedHeaders=[^ ,]+, ?Signature=[0-9a-f]{64}$`) //nolint:gochecknoglobals // a constant that Go can't declare
+var credentialScope = regexp.MustCompile(`^AWS4-HMAC-SHA256 Credential=([^/, ]+)/(\d{8})/([^/, ]+)/([^/, ]+)/aws4_request, ?SignedHeaders=[^ ,]+, ?Signature=[0-9a-f]{64}$`)
 
 // ServeHTTP serves all services and regions: the request's signature says which
 // one is meant.
@@ -384,7 +384,7 @@ func (c *Cloud) grantsOf(regionName string, values url.Values) []string {
 	return slices.Sorted(maps.Keys(found))
 }
 
-var resourceID = regexp.MustCompile(`\b(i|vol|eni)-[0-9a-f]{17}\b`) //nolint:gochecknoglobals // a constant that Go can't declare
+var resourceID = regexp.MustCompile(`\b(i|vol|eni)-[0-9a-f]{17}\b`)
 
 // tagsOf are the tags of a resource, of whichever kind.
 func (r *region) tagsOf(id string) map[string]string {

@@ -263,21 +263,25 @@ func TestLaunchesFailAfterTheAnswer(t *testing.T) {
 }
 
 func TestAnInstanceEndsByItself(t *testing.T) {
+	powerOff := func(t *testing.T, s *site, id string) {
+		t.Helper()
+		s.racks.get(t, id).powerOff()
+	}
+	interrupt := func(t *testing.T, s *site, id string) {
+		t.Helper()
+		if err := s.Interrupt(id); err != nil {
+			t.Error(err)
+		}
+	}
 	for _, c := range []struct {
 		name, reason string
 		end          func(*testing.T, *site, string)
 		behavior     types.ShutdownBehavior
 		state        ec2sim.State
 	}{
-		{"it powers off", "Client.InstanceInitiatedShutdown", func(t *testing.T, s *site, id string) { s.racks.get(t, id).powerOff() },
-			types.ShutdownBehaviorTerminate, ec2sim.StateTerminated},
-		{"it powers off to stop", "Client.InstanceInitiatedShutdown", func(t *testing.T, s *site, id string) { s.racks.get(t, id).powerOff() },
-			types.ShutdownBehaviorStop, ec2sim.StateStopped},
-		{"it is taken back", "Server.SpotInstanceTermination", func(t *testing.T, s *site, id string) {
-			if err := s.Interrupt(id); err != nil {
-				t.Error(err)
-			}
-		}, types.ShutdownBehaviorTerminate, ec2sim.StateTerminated},
+		{"it powers off", "Client.InstanceInitiatedShutdown", powerOff, types.ShutdownBehaviorTerminate, ec2sim.StateTerminated},
+		{"it powers off to stop", "Client.InstanceInitiatedShutdown", powerOff, types.ShutdownBehaviorStop, ec2sim.StateStopped},
+		{"it is taken back", "Server.SpotInstanceTermination", interrupt, types.ShutdownBehaviorTerminate, ec2sim.StateTerminated},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			s := open(t, ec2sim.Options{})

@@ -139,8 +139,7 @@ func (p plainBodies) RoundTrip(r *http.Request) (*http.Response, error) {
 
 // code is the error code of an answer.
 func code(err error) string {
-	var fault smithy.APIError
-	if errors.As(err, &fault) {
+	if fault, ok := errors.AsType[smithy.APIError](err); ok {
 		return fault.ErrorCode()
 	}
 	if err != nil {

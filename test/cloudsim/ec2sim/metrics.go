@@ -245,7 +245,7 @@ type metricQuery struct {
 	period                            time.Duration
 }
 
-var metricQueryID = regexp.MustCompile(`^[a-z][a-zA-Z0-9_]{0,254}$`) //nolint:gochecknoglobals // a constant that Go can't declare
+var metricQueryID = regexp.MustCompile(`^[a-z][a-zA-Z0-9_]{0,254}$`)
 
 func getMetricData(q *call) effect {
 	p := q.params

@@ -127,9 +127,9 @@ func decodeScheduler(r *http.Request, body []byte) (string, url.Values, *Error) 
 }
 
 var (
-	scheduleName = regexp.MustCompile(`^[0-9a-zA-Z-_.]{1,64}$`)                        //nolint:gochecknoglobals // a constant that Go can't declare
-	scheduleAt   = regexp.MustCompile(`^at\((\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2})\)$`) //nolint:gochecknoglobals // a constant that Go can't declare
-	roleARN      = regexp.MustCompile(`^arn:aws:iam::\d{12}:role/[\w+=,.@/-]+$`)       //nolint:gochecknoglobals // a constant that Go can't declare
+	scheduleName = regexp.MustCompile(`^[0-9a-zA-Z-_.]{1,64}$`)
+	scheduleAt   = regexp.MustCompile(`^at\((\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2})\)$`)
+	roleARN      = regexp.MustCompile(`^arn:aws:iam::\d{12}:role/[\w+=,.@/-]+$`)
 )
 
 func createSchedule(q *call) effect {
