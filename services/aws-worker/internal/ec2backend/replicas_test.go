@@ -53,10 +53,10 @@ func TestRetryAtAnotherReplicaGetsOneInstance(t *testing.T) {
 		g, e := s.grant()
 		s.cloud.Machines.Hang(true)
 		ctx, leave := context.WithCancel(asRequester(t.Context()))
-		gone := make(chan error, 1)
+		gone := make(chan struct{})
 		go func() {
-			_, err := first.Provision(ctx, g, e)
-			gone <- err
+			defer close(gone)
+			_, _ = first.Provision(ctx, g, e) // it may have had its answer before it left
 		}()
 		waitFor(t, "the launch", func() bool { return s.history(g.ID) > 0 })
 		s.cloud.Machines.Hang(false)
@@ -76,9 +76,7 @@ func TestRetryAtAnotherReplicaGetsOneInstance(t *testing.T) {
 			t.Fatal(err)
 		}
 		leave()
-		if err := <-gone; err == nil {
-			t.Error("a call that was left has an answer")
-		}
+		<-gone
 		if err := <-retried; err != nil {
 			t.Fatalf("overlap %s: %v", overlap, err)
 		}
