@@ -225,9 +225,9 @@ func list[T interface{ order() int64 }, S any](c *Cloud, of func(*region) map[st
 // limits takes resource tokens of one of the two actions that have such a bucket
 // beside that of the requests, and says whether there were too few.
 func (r *region) limits(c *Cloud, action string, n int) bool {
-	limit := resourcesRun
+	of := resourcesRun
 	if action == "TerminateInstances" {
-		limit = resourcesTerminate
+		of = resourcesTerminate
 	}
-	return !c.take(r.Name, "ec2", action+" resources", limit, n)
+	return !c.take(r.Name, "ec2", action+" resources", limits[of], n)
 }

@@ -14,19 +14,37 @@ const (
 	ec2Namespace = "http://ec2.amazonaws.com/doc/2016-11-15/"
 )
 
-// The request token buckets of EC2's actions, which every region has of its own
-// (https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-throttling.html).
-// Describe actions have the smaller bucket, that of calls without filters and
-// pages: which of the two a call takes from is the service's to say.
-var (
-	bucketRead         = cloudsim.Limit{Burst: 50, PerSecond: 10}   //nolint:gochecknoglobals // a constant that Go can't declare
-	bucketFiltered     = cloudsim.Limit{Burst: 100, PerSecond: 20}  //nolint:gochecknoglobals // a constant that Go can't declare
-	bucketMutating     = cloudsim.Limit{Burst: 50, PerSecond: 5}    //nolint:gochecknoglobals // a constant that Go can't declare
-	bucketRunInstances = cloudsim.Limit{Burst: 5, PerSecond: 2}     //nolint:gochecknoglobals // a constant that Go can't declare
-	bucketTerminate    = cloudsim.Limit{Burst: 100, PerSecond: 5}   //nolint:gochecknoglobals // a constant that Go can't declare
-	resourcesRun       = cloudsim.Limit{Burst: 1000, PerSecond: 2}  //nolint:gochecknoglobals // a constant that Go can't declare
-	resourcesTerminate = cloudsim.Limit{Burst: 1000, PerSecond: 20} //nolint:gochecknoglobals // a constant that Go can't declare
+// bucket is a kind of token bucket.
+type bucket int
+
+const (
+	bucketRead bucket = iota
+	// bucketUnfiltered is what some of the reads take from that have neither a
+	// filter nor a page.
+	bucketUnfiltered
+	bucketMutating
+	bucketTags
+	bucketRunInstances
+	// bucketEnd is TerminateInstances', DeleteVolume's and DeleteNetworkInterface's.
+	bucketEnd
+	// Two actions have a second bucket, from which each instance takes a token.
+	resourcesRun
+	resourcesTerminate
 )
+
+// limits are those of EC2's buckets, of which every region has its own, one for
+// each action
+// (https://docs.aws.amazon.com/ec2/latest/devguide/ec2-api-throttling.html).
+var limits = map[bucket]cloudsim.Limit{
+	bucketRead:         {Burst: 100, PerSecond: 20},
+	bucketUnfiltered:   {Burst: 50, PerSecond: 10},
+	bucketMutating:     {Burst: 50, PerSecond: 5},
+	bucketTags:         {Burst: 100, PerSecond: 10},
+	bucketRunInstances: {Burst: 5, PerSecond: 2},
+	bucketEnd:          {Burst: 100, PerSecond: 5},
+	resourcesRun:       {Burst: 1000, PerSecond: 2},
+	resourcesTerminate: {Burst: 1000, PerSecond: 20},
+}
 
 // ec2 is EC2's query protocol.
 func (c *Cloud) ec2() *service {
@@ -34,28 +52,28 @@ func (c *Cloud) ec2() *service {
 		name:   "ec2",
 		dryRun: true,
 		actions: map[string]handler{
-			"RunInstances":                  {mutates: true, prepare: runInstances, tokens: bucketRunInstances},
-			"TerminateInstances":            {mutates: true, prepare: terminateInstances, tokens: bucketTerminate},
-			"DescribeInstances":             {prepare: describeInstances, tokens: bucketRead},
-			"DescribeVolumes":               {prepare: describeVolumes, tokens: bucketRead},
-			"DescribeNetworkInterfaces":     {prepare: describeInterfaces, tokens: bucketRead},
-			"DescribeInstanceTypes":         {prepare: describeInstanceTypes, tokens: bucketFiltered},
-			"DescribeInstanceTypeOfferings": {prepare: describeOfferings, tokens: bucketFiltered},
-			"DescribeImages":                {prepare: describeImages, tokens: bucketRead},
-			"DescribeVpcs":                  {prepare: describeVPCs, tokens: bucketFiltered},
-			"DescribeSubnets":               {prepare: describeSubnets, tokens: bucketFiltered},
-			"DescribeSecurityGroups":        {prepare: describeGroups, tokens: bucketRead},
-			"CreateSecurityGroup":           {mutates: true, prepare: createGroup, tokens: bucketMutating},
-			"DeleteSecurityGroup":           {mutates: true, prepare: deleteGroup, tokens: bucketMutating},
-			"AuthorizeSecurityGroupIngress": {mutates: true, prepare: authorizeGroup(false), tokens: bucketMutating},
-			"AuthorizeSecurityGroupEgress":  {mutates: true, prepare: authorizeGroup(true), tokens: bucketMutating},
-			"RevokeSecurityGroupEgress":     {mutates: true, prepare: revokeEgress, tokens: bucketMutating},
-			"GetConsoleOutput":              {prepare: getConsoleOutput, tokens: bucketFiltered},
-			"CreateTags":                    {mutates: true, prepare: createTags, tokens: bucketMutating},
-			"DeleteVolume":                  {mutates: true, prepare: deleteVolume, tokens: bucketMutating},
-			"DeleteNetworkInterface":        {mutates: true, prepare: deleteInterface, tokens: bucketMutating},
-			"DescribeManagedPrefixLists":    {prepare: describePrefixLists, tokens: bucketFiltered},
-			"GetManagedPrefixListEntries":   {prepare: getPrefixListEntries, tokens: bucketFiltered},
+			"RunInstances":                  {mutates: true, prepare: runInstances, tokens: limits[bucketRunInstances]},
+			"TerminateInstances":            {mutates: true, prepare: terminateInstances, tokens: limits[bucketEnd]},
+			"DescribeInstances":             {prepare: describeInstances, tokens: limits[bucketRead], unfiltered: limits[bucketUnfiltered]},
+			"DescribeVolumes":               {prepare: describeVolumes, tokens: limits[bucketRead], unfiltered: limits[bucketUnfiltered]},
+			"DescribeNetworkInterfaces":     {prepare: describeInterfaces, tokens: limits[bucketRead], unfiltered: limits[bucketUnfiltered]},
+			"DescribeInstanceTypes":         {prepare: describeInstanceTypes, tokens: limits[bucketRead]},
+			"DescribeInstanceTypeOfferings": {prepare: describeOfferings, tokens: limits[bucketRead]},
+			"DescribeImages":                {prepare: describeImages, tokens: limits[bucketRead]},
+			"DescribeVpcs":                  {prepare: describeVPCs, tokens: limits[bucketRead]},
+			"DescribeSubnets":               {prepare: describeSubnets, tokens: limits[bucketRead]},
+			"DescribeSecurityGroups":        {prepare: describeGroups, tokens: limits[bucketRead], unfiltered: limits[bucketUnfiltered]},
+			"CreateSecurityGroup":           {mutates: true, prepare: createGroup, tokens: limits[bucketMutating]},
+			"DeleteSecurityGroup":           {mutates: true, prepare: deleteGroup, tokens: limits[bucketMutating]},
+			"AuthorizeSecurityGroupIngress": {mutates: true, prepare: authorizeGroup(false), tokens: limits[bucketMutating]},
+			"AuthorizeSecurityGroupEgress":  {mutates: true, prepare: authorizeGroup(true), tokens: limits[bucketMutating]},
+			"RevokeSecurityGroupEgress":     {mutates: true, prepare: revokeEgress, tokens: limits[bucketMutating]},
+			"GetConsoleOutput":              {prepare: getConsoleOutput, tokens: limits[bucketRead]},
+			"CreateTags":                    {mutates: true, prepare: createTags, tokens: limits[bucketTags]},
+			"DeleteVolume":                  {mutates: true, prepare: deleteVolume, tokens: limits[bucketEnd]},
+			"DeleteNetworkInterface":        {mutates: true, prepare: deleteInterface, tokens: limits[bucketEnd]},
+			"DescribeManagedPrefixLists":    {prepare: describePrefixLists, tokens: limits[bucketRead]},
+			"GetManagedPrefixListEntries":   {prepare: getPrefixListEntries, tokens: limits[bucketRead]},
 		},
 		decode: decodeQuery(ec2Version),
 		unknownAction: func(action string) *Error {

@@ -106,9 +106,9 @@ type handler struct {
 	mutates bool
 	// prepare reads the parameters, all of them, and returns the effect.
 	prepare func(*call) effect
-	// tokens is the limit of its bucket, and resources what it takes of a second
-	// one, if it has one.
-	tokens cloudsim.Limit
+	// tokens is the limit of its bucket; unfiltered that of the one from which it
+	// takes without a filter and a page, if there is one.
+	tokens, unfiltered cloudsim.Limit
 }
 
 // effect does what was asked for, once, and returns the answer in whatever form
@@ -277,7 +277,11 @@ func (c *Cloud) carryOut(s *service, h handler, known bool, request Request, id 
 	if !known {
 		return nil, s.unknownAction(request.Action)
 	}
-	if !c.take(request.Region, request.Service, request.Action, h.tokens, 1) {
+	bucket, limit := request.Action, h.tokens
+	if h.unfiltered.Burst > 0 && !request.Params.Has("Filter.1.Name") && !request.Params.Has("MaxResults") && !request.Params.Has("NextToken") {
+		bucket, limit = bucket+" unfiltered", h.unfiltered
+	}
+	if !c.take(request.Region, request.Service, bucket, limit, 1) {
 		return nil, s.codes.throttled
 	}
 	p := newParams(request.Params)

@@ -150,12 +150,17 @@ func TestRequestsAreThrottledByTheDocumentedBuckets(t *testing.T) {
 	}); got < 5 || got > 15 {
 		t.Errorf("%d launches passed at once, want 5 and what came in meanwhile", got)
 	}
-	describe := func() error {
-		_, err := s.ec2.DescribeInstances(t.Context(), &ec2.DescribeInstancesInput{})
-		return err
+	describe := func(input *ec2.DescribeInstancesInput) func() error {
+		return func() error {
+			_, err := s.ec2.DescribeInstances(t.Context(), input)
+			return err
+		}
 	}
-	if got := throttled(1000, describe); got < 50 || got == 1000 {
-		t.Errorf("%d reads passed at once, want 50 and what came in meanwhile", got)
+	if got := throttled(1000, describe(&ec2.DescribeInstancesInput{})); got < 50 || got > 95 {
+		t.Errorf("%d reads of all passed at once, want 50 and what came in meanwhile", got)
+	}
+	if got := throttled(1000, describe(&ec2.DescribeInstancesInput{MaxResults: aws.Int32(1000)})); got < 100 || got == 1000 {
+		t.Errorf("%d reads by page passed at once, want 100 and what came in meanwhile", got)
 	}
 	// Each region has buckets of its own.
 	_, err := ec2.NewFromConfig(s.config(t, "us-east-1")).DescribeInstances(t.Context(), &ec2.DescribeInstancesInput{})
