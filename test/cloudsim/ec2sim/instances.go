@@ -179,7 +179,10 @@ func (c *Cloud) live(r *region, i *instance) {
 	if machine != nil {
 		c.outlive(i, machine)
 	}
-	c.clock.Wait(c.life, shuttingDownFor, i.gone)
+	if i.failure == nil {
+		// What never ran has nothing to shut down.
+		c.clock.Wait(c.life, shuttingDownFor, i.gone)
+	}
 	c.mu.Lock()
 	i.State, i.Terminated = StateTerminated, c.clock.Now()
 	i.Addr = netip.Addr{}
