@@ -11,6 +11,7 @@
 package ec2backend
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -57,11 +58,18 @@ type Backend struct {
 	tasks  sync.WaitGroup
 
 	mu sync.Mutex // protects what follows
-	// held are the attempts that take room, and in which region.
-	held map[identity]backend.Region
+	// held are the attempts that take room: those that the ledger had open when
+	// it was last asked, of whichever replica, and those of this process.
+	held map[identity]holding
 	// sent is when a create call of an attempt was last sent, as far as this
 	// process can tell.
 	sent map[identity]time.Time
+}
+
+// holding is where an attempt takes room.
+type holding struct {
+	region backend.Region
+	since  time.Time // when this process learnt of it
 }
 
 // region is a region of the allowlist.
@@ -70,6 +78,7 @@ type region struct {
 	clients   *regionClients
 	instances *shared[instances]
 	parts     *shared[parts]
+	schedules *shared[[]identity]
 }
 
 var _ worker.Replicated = (*Backend)(nil)
@@ -85,7 +94,7 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 	life, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	b := &Backend{
 		config: c, env: env, log: env.Log, clients: clients, life: life, cancel: cancel,
-		byName: map[backend.Region]*region{}, held: map[identity]backend.Region{}, sent: map[identity]time.Time{},
+		byName: map[backend.Region]*region{}, held: map[identity]holding{}, sent: map[identity]time.Time{},
 	}
 	b.catalogue = newCatalogue(c, clients)
 	b.images = newImages(c, clients)
@@ -101,6 +110,7 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 		r := &region{name: backend.Region(rc.Name), clients: client}
 		r.instances = newShared(life, gap, func(ctx context.Context) (instances, error) { return b.readInstances(ctx, client) })
 		r.parts = newShared(life, gap, func(ctx context.Context) (parts, error) { return b.readParts(ctx, client) })
+		r.schedules = newShared(life, gap, func(ctx context.Context) ([]identity, error) { return b.readSchedules(ctx, r) })
 		b.regions = append(b.regions, r)
 		b.byName[r.name] = r
 	}
@@ -115,15 +125,9 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 
 // prepare does what a worker needs before it takes grants.
 func (b *Backend) prepare(ctx context.Context) error {
-	open, err := b.env.Journal.Open(ctx)
-	if err != nil {
+	if _, err := b.takeStock(ctx); err != nil {
 		return err
 	}
-	b.mu.Lock()
-	for _, a := range open {
-		b.held[identity{a.GrantID, a.Number}] = backend.Region(a.Placement)
-	}
-	b.mu.Unlock()
 	problems := []error{b.clients.check(ctx)}
 	for _, r := range b.regions {
 		problems = append(problems, b.refresh(ctx, r))
@@ -181,8 +185,9 @@ func (b *Backend) Close() error {
 	b.cancel()
 	b.tasks.Wait()
 	for _, r := range b.regions {
-		r.instances.reads.Wait()
-		r.parts.reads.Wait()
+		r.instances.close()
+		r.parts.close()
+		r.schedules.close()
 	}
 	b.clients.close()
 	return nil
@@ -191,7 +196,8 @@ func (b *Backend) Close() error {
 // ProvisionTimeout implements worker.Replicated: an attempt's boot and its
 // undoing, with the calls around them. Each offer is an attempt of its own.
 func (b *Backend) ProvisionTimeout() time.Duration {
-	return b.config.BootTimeout.Duration + b.config.UndoTimeout.Duration + callAttempts*callTimeout
+	const calls, backoff = 3, 20 * time.Second // the SDK's longest pause
+	return b.config.BootTimeout.Duration + b.config.UndoTimeout.Duration + calls*callAttempts*(callTimeout+backoff) + consoleTimeout
 }
 
 // Capabilities implements worker.Driver.
@@ -294,8 +300,8 @@ func (b *Backend) active(name backend.Region) int64 {
 // when the ledger is an older copy.
 func (b *Backend) activeLocked(name backend.Region) int64 {
 	var n int64
-	for _, r := range b.held {
-		if r == name {
+	for _, h := range b.held {
+		if h.region == name {
 			n++
 		}
 	}
@@ -314,12 +320,61 @@ func (b *Backend) activeLocked(name backend.Region) int64 {
 func (b *Backend) reserve(id identity, name backend.Region) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if n := b.activeLocked(name); n >= b.config.MaxConcurrentInstances {
-		return backenderr.New(backenderr.WorkerFull, "region %s holds %d instances, as many as max_concurrent_instances allows", name, n).
-			WithCreated(backenderr.CreatedNone).WithRetryAfter(retryFull)
+	if b.activeLocked(name) >= b.config.MaxConcurrentInstances {
+		return full(name)
 	}
-	b.held[id] = name
+	b.held[id] = holding{name, time.Now()}
 	return nil
+}
+
+// hold records that an attempt takes room that was begun elsewhere.
+func (b *Backend) hold(id identity, name backend.Region) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.held[id] = holding{name, time.Now()}
+}
+
+// takeStock reads from the ledger which attempts take room, those of other
+// replicas too, and forgets those that others have ended.
+func (b *Backend) takeStock(ctx context.Context) ([]worker.Attempt, error) {
+	asked := time.Now()
+	open, err := b.env.Journal.Open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	known := map[identity]bool{}
+	for _, a := range open {
+		id := identity{a.GrantID, a.Number}
+		known[id] = true
+		if _, held := b.held[id]; !held {
+			b.held[id] = holding{backend.Region(a.Placement), asked}
+		}
+	}
+	for id, h := range b.held {
+		if !known[id] && h.since.Before(asked) {
+			delete(b.held, id)
+			delete(b.sent, id)
+		}
+	}
+	return open, nil
+}
+
+// crowded reports whether an attempt that was begun is one too many in its
+// region: replicas that begin at once each find room. The oldest stay.
+func (b *Backend) crowded(open []worker.Attempt, id identity, name backend.Region) bool {
+	open = slices.DeleteFunc(slices.Clone(open), func(a worker.Attempt) bool { return a.Placement != string(name) })
+	slices.SortFunc(open, func(x, y worker.Attempt) int {
+		return cmp.Or(x.BeganAt.Compare(y.BeganAt), slices.Compare(x.GrantID[:], y.GrantID[:]))
+	})
+	at := slices.IndexFunc(open, func(a worker.Attempt) bool { return identity{a.GrantID, a.Number} == id })
+	return int64(at) >= b.config.MaxConcurrentInstances
+}
+
+func full(name backend.Region) error {
+	return backenderr.New(backenderr.WorkerFull, "region %s holds as many instances as max_concurrent_instances allows", name).
+		WithCreated(backenderr.CreatedNone).WithRetryAfter(retryFull)
 }
 
 func (b *Backend) release(id identity) {

@@ -26,7 +26,9 @@ type shared[T any] struct {
 
 	mu      sync.Mutex
 	last    result[T]
+	good    T // what the last read found that didn't fail
 	running bool
+	closed  bool
 	changed chan struct{} // closed and replaced after each read
 	reads   sync.WaitGroup
 }
@@ -82,13 +84,22 @@ func (s *shared[T]) next(ctx context.Context, seen time.Time, interval time.Dura
 func (s *shared[T]) peek() T {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.last.value
+	return s.good
+}
+
+// close waits for the read that runs, and lets none begin any more. The life of
+// the process has ended.
+func (s *shared[T]) close() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.reads.Wait()
 }
 
 // begin starts a read unless one runs already; that one may have begun too early
 // for who waits, who then starts the next. The mutex is held.
 func (s *shared[T]) begin() {
-	if s.running || s.life.Err() != nil {
+	if s.running || s.closed || s.life.Err() != nil {
 		return
 	}
 	s.running = true
@@ -107,6 +118,9 @@ func (s *shared[T]) begin() {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.last, s.running = result[T]{asked, value, err}, false
+		if err == nil {
+			s.good = value
+		}
 		close(s.changed)
 		s.changed = make(chan struct{})
 	})
@@ -233,9 +247,9 @@ func (b *Backend) readParts(ctx context.Context, rc *regionClients) (parts, erro
 			return nil, classify(err, "list the volumes in "+rc.name)
 		}
 		for _, v := range page.Volumes {
-			if tags, ok := readTags(v.Tags); ok {
+			if tags, ok := readTags(v.Tags); ok && v.State != types.VolumeStateDeleted {
 				out[tags.grant] = append(out[tags.grant], part{
-					labels: tags, id: aws.ToString(v.VolumeId), isVolume: true, attached: v.State != types.VolumeStateAvailable,
+					labels: tags, id: aws.ToString(v.VolumeId), isVolume: true, attached: v.State != types.VolumeStateAvailable && v.State != types.VolumeStateError,
 					createdAt: aws.ToTime(v.CreateTime),
 				})
 			}

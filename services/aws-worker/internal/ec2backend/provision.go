@@ -41,6 +41,7 @@ const (
 // Codes of EC2's about client tokens
 // (https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html).
 const (
+	codeGroupIDGone     = "InvalidSecurityGroupID.NotFound"
 	codeTokenMismatch   = "IdempotentParameterMismatch" // #nosec G101 -- an error code
 	codeTokenTerminated = "IdempotentInstanceTerminated"
 )
@@ -212,9 +213,7 @@ func (b *Backend) resume(ctx context.Context, recorded worker.Attempt) (*attempt
 		return nil, backenderr.New(backenderr.ProviderUnavailable, "attempt %d is in region %s, which is no longer in the configuration",
 			a.attempt, recorded.Placement)
 	}
-	b.mu.Lock()
-	b.held[a.identity] = a.region.name
-	b.mu.Unlock()
+	b.hold(a.identity, a.region.name)
 	if !recorded.New {
 		if recorded.Ending {
 			return a, errOver // whose end is to be finished
@@ -235,6 +234,15 @@ func (b *Backend) resume(ctx context.Context, recorded worker.Attempt) (*attempt
 	}
 	if i, ok := all.value.of(a.identity); ok {
 		a.found = &i
+		return a, nil
+	}
+	for _, i := range all.value[a.grant] {
+		if i.attempt > a.attempt && !i.over() {
+			return a, errOver // the ledger is an older copy: a later one is to be adopted
+		}
+	}
+	if !recorded.New && time.Since(recorded.BeganAt) > b.config.ImageStore.URLLifetime.Duration {
+		return a, errOver // the addresses that it would be sent with work no more
 	}
 	return a, nil
 }
@@ -283,6 +291,9 @@ func (b *Backend) record(ctx context.Context, order worker.Order, r *region, fou
 			b.log.InfoContext(ctx, "Adopting an instance that the ledger doesn't know of", "grant_id", order.Grant.ID.String(), "instance_id", found.id)
 			return b.resume(ctx, a)
 		}
+		if !a.New {
+			return b.resume(ctx, a) // another replica has begun it
+		}
 		// Attempts before it are gone, as the ledger that was lost had it.
 		if err := b.env.Journal.Gone(ctx, order.Grant.ID, a.Number); err != nil {
 			return nil, err
@@ -319,10 +330,17 @@ func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, nu
 	if !begun.New {
 		return b.resume(ctx, begun)
 	}
-	b.mu.Lock()
-	b.held[identity{begun.GrantID, begun.Number}] = r.name
-	b.mu.Unlock()
-	return &attempt{identity: identity{begun.GrantID, begun.Number}, recorded: begun, region: r, params: p, fresh: true}, nil
+	id = identity{begun.GrantID, begun.Number}
+	b.hold(id, r.name)
+	a := &attempt{identity: id, recorded: begun, region: r, params: p, fresh: true}
+	open, err := b.takeStock(ctx)
+	if err == nil && b.crowded(open, id, r.name) {
+		err = full(r.name)
+	}
+	if err != nil {
+		return nil, b.giveUp(ctx, a, err)
+	}
+	return a, nil
 }
 
 // plan settles everything about an attempt before it is on record.
@@ -386,6 +404,9 @@ func (b *Backend) giveUp(ctx context.Context, a *attempt, cause error) error {
 	}
 	cleanUp, cancel := context.WithTimeout(context.WithoutCancel(ctx), b.config.UndoTimeout.Duration)
 	defer cancel()
+	if backenderr.Is(failure, backenderr.GrantEnded) {
+		a.fresh = false // another replica may have sent it, and asks nobody any more
+	}
 	err := b.end(cleanUp, a)
 	for backenderr.Is(err, backenderr.ProviderUnavailable, backenderr.LedgerUnavailable) && sleep(cleanUp, b.config.PollInterval.Duration) == nil {
 		err = b.end(cleanUp, a)
@@ -499,6 +520,7 @@ func (b *Backend) create(ctx context.Context, a *attempt, machine guestapi.Machi
 	if err := b.env.Journal.Check(ctx, a.grant); err != nil {
 		return instance{}, err
 	}
+	first := a.fresh
 	a.fresh = false
 	b.sending(a.identity)
 	answer, err := a.region.clients.ec2.RunInstances(ctx, b.runInput(a, data))
@@ -510,16 +532,19 @@ func (b *Backend) create(ctx context.Context, a *attempt, machine guestapi.Machi
 		// What was made under this token had other parameters: another version of
 		// this program sent them. It is the attempt's all the same.
 		return b.findMade(ctx, a)
-	case code == codeGroupGone:
+	case code == codeGroupGone || code == codeGroupIDGone:
 		b.groups.forget()
-		b.forgetSent(a.identity)
+		if first && refused(err) {
+			b.forgetSent(a.identity)
+		}
 		return instance{}, errOver // the next attempt makes it again
 	case strings.HasPrefix(code, "InvalidAMIID."):
 		b.images.forget(a.region.name) // it was replaced, perhaps
 		return instance{}, classify(err, "create the instance")
 	case err != nil:
-		if refused(err) {
-			// EC2's own word that there is nothing, unless an earlier send made it.
+		if first && refused(err) {
+			// EC2's own word that there is nothing. Of an earlier send it says nothing:
+			// a call is throttled, or denied, before its token is looked at.
 			b.forgetSent(a.identity)
 		}
 		return instance{}, classify(err, "create the instance")
@@ -726,12 +751,13 @@ func (b *Backend) bootTimeout(ctx context.Context, a *attempt, last error) error
 func (b *Backend) console(ctx context.Context, r *region, instanceID string, enough func([]byte) bool) []byte {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), consoleTimeout)
 	defer cancel()
-	posted := time.Now().Add(min(consoleTimeout, 2*b.config.PollInterval.Duration))
+	posted := time.Now().Add(min(consoleTimeout, 6*b.config.PollInterval.Duration))
 	var text []byte
 	for {
 		answer, err := r.clients.ec2.GetConsoleOutput(ctx, &ec2.GetConsoleOutputInput{InstanceId: aws.String(instanceID), Latest: aws.Bool(true)})
-		if codeOf(err) == "UnsupportedOperation" || codeOf(err) == "InvalidParameterCombination" {
-			// Types before Nitro have only what was posted by itself.
+		if err != nil && refused(err) || err == nil && aws.ToString(answer.Output) == "" {
+			// Types before Nitro, and instances that have ended, have only what was
+			// posted by itself.
 			answer, err = r.clients.ec2.GetConsoleOutput(ctx, &ec2.GetConsoleOutputInput{InstanceId: aws.String(instanceID)})
 		}
 		if err == nil {

@@ -25,13 +25,10 @@ func (b *Backend) Terminate(ctx context.Context, id backend.GrantID) (*backend.C
 	if err != nil {
 		return nil, err
 	}
-	recorded := false
+	recorded := map[backend.Region]bool{}
 	for _, a := range attempts {
-		if a.Gone {
-			continue
-		}
-		recorded = true
-		if !closed && !a.Ending {
+		recorded[backend.Region(a.Placement)] = true
+		if a.Gone || !closed && !a.Ending {
 			continue
 		}
 		r := b.byName[backend.Region(a.Placement)]
@@ -46,10 +43,16 @@ func (b *Backend) Terminate(ctx context.Context, id backend.GrantID) (*backend.C
 			return nil, err
 		}
 	}
-	if !recorded {
-		// Nobody wrote down that anything exists: EC2 has to be read.
-		if err := b.clearUnrecorded(ctx, id, closed); err != nil {
+	// The ledger may be an older copy: EC2 has to be read. What it can't show of
+	// regions in which the grant never was, as far as is known, keeps nothing up.
+	for _, r := range b.regions {
+		err := b.clearUnrecorded(ctx, r, id, closed)
+		switch {
+		case err == nil:
+		case len(recorded) == 0 || recorded[r.name] || ctx.Err() != nil:
 			return nil, err
+		default:
+			b.log.WarnContext(ctx, "A region can't be searched for what else the grant may have", "grant_id", id.String(), "region", string(r.name), "error", err.Error())
 		}
 	}
 	return b.env.Journal.SavedLog(ctx, id)
@@ -64,34 +67,33 @@ func (b *Backend) closed(ctx context.Context, id backend.GrantID) (bool, error) 
 	return false, err
 }
 
-// clearUnrecorded deletes what exists of a grant without open attempts.
-func (b *Backend) clearUnrecorded(ctx context.Context, id backend.GrantID, closed bool) error {
-	for _, r := range b.regions {
-		found, err := b.existing(ctx, r)
-		if err != nil {
+// clearUnrecorded deletes what exists of a grant in a region, but for attempts
+// that somebody may be at.
+func (b *Backend) clearUnrecorded(ctx context.Context, r *region, id backend.GrantID, closed bool) error {
+	found, err := b.existing(ctx, r)
+	if err != nil {
+		return err
+	}
+	// Only now: what was seen may have been begun since the first look.
+	attempts, err := b.env.Journal.Attempts(ctx, id)
+	if err != nil {
+		return err
+	}
+	begun := map[uint32]bool{}
+	for _, a := range attempts {
+		begun[a.Number] = !a.Gone && !a.Ending && !closed
+	}
+	for attempt := range found {
+		if attempt.grant != id || begun[attempt.attempt] {
+			continue
+		}
+		if err := b.settle(ctx, r, attempt); err != nil {
 			return err
 		}
-		// Only now: what was seen may have been begun since the first look.
-		attempts, err := b.env.Journal.Attempts(ctx, id)
-		if err != nil {
+		if err := b.erase(ctx, r, attempt); err != nil {
 			return err
 		}
-		begun := map[uint32]bool{}
-		for _, a := range attempts {
-			begun[a.Number] = !a.Gone && !a.Ending && !closed
-		}
-		for attempt := range found {
-			if attempt.grant != id || begun[attempt.attempt] {
-				continue
-			}
-			if err := b.settle(ctx, r, attempt); err != nil {
-				return err
-			}
-			if err := b.erase(ctx, r, attempt); err != nil {
-				return err
-			}
-			b.release(attempt)
-		}
+		b.release(attempt)
 	}
 	return nil
 }
@@ -118,13 +120,16 @@ func (b *Backend) settle(ctx context.Context, r *region, id identity) error {
 		StartedAt: i.launched.UTC(), EndedAt: time.Now().UTC(), ValidTo: i.validTo,
 		Exit: backend.Exit{Reason: backend.EndTerminated},
 	}
+	known := true
 	switch {
 	case i.over():
-		log.EndedAt, log.Exit = i.endedAt(), b.exitOf(ctx, r, i)
+		log.EndedAt, known = i.endedAt()
+		log.Exit = b.exitOf(ctx, r, i)
 	case !log.EndedAt.Before(i.validTo) && !i.validTo.IsZero():
 		log.Exit.Reason = backend.EndDeadline
 	}
 	log.Usage, log.Partial = b.usageOf(ctx, r, i, log.EndedAt)
+	log.Partial = log.Partial || !known
 	log.Usage.Allocated(log.Shape, log.StartedAt, log.EndedAt)
 	return b.env.Journal.SaveLog(ctx, log)
 }
@@ -165,7 +170,7 @@ func (b *Backend) undo(ctx context.Context, r *region, id identity, fresh bool) 
 // it.
 func (b *Backend) erase(ctx context.Context, r *region, id identity) error {
 	settled := b.settled(id)
-	told := map[string]bool{}
+	told := map[string]time.Time{}
 	for {
 		all, err := r.instances.now(ctx)
 		if err != nil {
@@ -200,14 +205,17 @@ func (b *Backend) erase(ctx context.Context, r *region, id identity) error {
 			}
 		}
 		for _, i := range living {
-			if told[i.id] || i.state == types.InstanceStateNameShuttingDown {
+			// One that EC2 took and forgot is told again.
+			if time.Since(told[i.id]) < b.config.VisibilityDelay.Duration || i.state == types.InstanceStateNameShuttingDown {
 				continue
 			}
 			_, err := r.clients.ec2.TerminateInstances(ctx, &ec2.TerminateInstancesInput{InstanceIds: []string{i.id}})
-			if err != nil && !notFound(err) {
+			switch {
+			case err == nil:
+				told[i.id] = time.Now()
+			case !notFound(err): // which is EC2's list and its calls at odds
 				return classify(err, "terminate instance "+i.id)
 			}
-			told[i.id] = true
 		}
 		if err := sleep(ctx, b.config.PollInterval.Duration/freshGap); err != nil {
 			return classify(err, "wait until the instance is terminated")
@@ -283,11 +291,11 @@ func (b *Backend) existing(ctx context.Context, r *region) (map[identity]backend
 	if !b.platformDeadline() {
 		return out, nil
 	}
-	schedules, err := b.readSchedules(ctx, r)
+	schedules, err := r.schedules.now(ctx)
 	if err != nil {
-		return nil, err
+		return nil, classify(err, "list schedules")
 	}
-	for _, id := range schedules {
+	for _, id := range schedules.value {
 		if _, known := out[id]; !known {
 			out[id] = backend.Resource{GrantID: id.grant, Attempt: id.attempt, InstanceID: backend.InstanceID(b.scheduleName(id)), Placement: string(r.name)}
 		}
@@ -303,6 +311,10 @@ func (b *Backend) List(ctx context.Context) (backend.Listing, error) {
 	)
 	for _, r := range b.regions {
 		found, err := b.existing(ctx, r)
+		if skew := r.clients.skew(); err == nil && tooSkewed(skew) {
+			// Deadlines are judged by what is listed.
+			err = backenderr.New(backenderr.ClockSkew, "this machine's clock is %s off that of region %s", skew.Round(time.Second), r.name)
+		}
 		if err != nil {
 			problems = append(problems, err)
 			out.Blind = append(out.Blind, string(r.name))

@@ -49,6 +49,7 @@ func (b *Backend) Watch(ctx context.Context, id backend.GrantID, usage func(back
 
 func (b *Backend) watch(ctx context.Context, r *region, id identity, usage func(backend.Usage)) (backend.Exit, error) {
 	settled := b.settled(id)
+	missed := 0 // reads in a row that didn't show it
 	var seen time.Time
 	reported := time.Now()
 	for {
@@ -67,10 +68,13 @@ func (b *Backend) watch(ctx context.Context, r *region, id identity, usage func(
 			continue
 		}
 		i, found := all.value.of(id)
+		if missed++; found {
+			missed = 0
+		}
 		switch {
 		case found && i.over():
 			return b.exitOf(ctx, r, i), nil
-		case !found && seen.After(settled):
+		case missed > 1 && seen.After(settled):
 			saved, err := b.env.Journal.SavedLog(ctx, id.grant)
 			switch {
 			case err != nil:
@@ -91,15 +95,21 @@ func (b *Backend) watch(ctx context.Context, r *region, id identity, usage func(
 
 // exitOf says how an instance ended that runs no more.
 func (b *Backend) exitOf(ctx context.Context, r *region, i instance) backend.Exit {
-	late := !i.validTo.IsZero() && !i.endedAt().Before(i.validTo)
+	at, known := i.endedAt()
+	late := !i.validTo.IsZero() && !at.Before(i.validTo)
 	switch i.reasonCode {
 	case reasonSpotTaken, reasonSpotShutdown, reasonScheduledStop:
 		return backend.Exit{Reason: backend.EndInterrupted, Message: i.reason}
 	case reasonPoweredOff:
-		if late {
+		if late && known {
 			return backend.Exit{Reason: backend.EndDeadline}
 		}
-		return b.exitOfGuest(ctx, r, i)
+		// At the deadline a guest says nothing of how the workload ended.
+		exit, told := b.exitOfGuest(ctx, r, i)
+		if !told && !time.Now().Before(i.validTo) && !i.validTo.IsZero() {
+			return backend.Exit{Reason: backend.EndDeadline}
+		}
+		return exit
 	case reasonByUser:
 		if late {
 			return backend.Exit{Reason: backend.EndDeadline}
@@ -111,7 +121,7 @@ func (b *Backend) exitOf(ctx context.Context, r *region, i instance) backend.Exi
 
 // exitOfGuest reads from the console how the workload ended. Nothing is billed
 // by it.
-func (b *Backend) exitOfGuest(ctx context.Context, r *region, i instance) backend.Exit {
+func (b *Backend) exitOfGuest(ctx context.Context, r *region, i instance) (exit backend.Exit, told bool) {
 	exited := func(text []byte) (guestapi.Verdict, bool) {
 		return guestapi.FindVerdict(text, i.grant.String(), i.attempt)
 	}
@@ -123,27 +133,31 @@ func (b *Backend) exitOfGuest(ctx context.Context, r *region, i instance) backen
 	v, ok := exited(console)
 	if !ok || v.Phase == guestapi.PhaseReady {
 		out.Message = "the instance powered itself off; its console doesn't say with which status the workload ended"
-		return out
+		return out, false
 	}
 	if v.Reason == backend.EndOutOfMemory.String() {
 		out.Reason = backend.EndOutOfMemory
 	}
 	out.Code, out.Signal, out.Message = v.Code, v.Signal, v.Message
-	return out
+	return out, true
 }
 
 // transitionTime is in StateTransitionReason, "User initiated (2026-11-22
 // 10:11:12 GMT)".
 var transitionTime = regexp.MustCompile(`\((\d{4}-\d{2}-\d{2} \d{2}:\d{2}:\d{2}) GMT\)`)
 
-// endedAt is when an instance that runs no more ended, as EC2 tells, now if it
-// doesn't. EC2 tells the second: it is the end of that.
-func (i instance) endedAt() time.Time {
+// endedAt is when an instance that runs no more ended, as EC2 tells, and whether
+// it does: for one that powered itself off it doesn't, and it is the latest that
+// it can be. EC2 tells the second: it is the end of that.
+func (i instance) endedAt() (at time.Time, known bool) {
 	now := time.Now().UTC()
 	if m := transitionTime.FindStringSubmatch(i.transition); m != nil {
 		if at, err := time.Parse(time.DateTime, m[1]); err == nil && at.Add(time.Second).After(i.launched) && at.Before(now) {
-			return earlier(at.Add(time.Second).UTC(), now)
+			return earlier(at.Add(time.Second).UTC(), now), true
 		}
 	}
-	return now
+	if i.validTo.After(i.launched) {
+		return earlier(now, i.validTo), false
+	}
+	return now, false
 }
