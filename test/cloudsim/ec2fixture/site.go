@@ -44,6 +44,10 @@ type Options struct {
 	// Buckets has the cloud throttle as the real one does. Without, nothing waits
 	// for that, which would be what most of a sweep does.
 	Buckets bool
+	// HiddenAtLeast is how long a new instance isn't found at least.
+	HiddenAtLeast time.Duration
+	// Now is the cloud's time; nil for the machine's.
+	Now func() time.Time
 	// BootDelay is the machines'.
 	BootDelay time.Duration
 	// Kill makes the worker dead at once. It is called while a request of its is
@@ -82,7 +86,9 @@ func Open(t testing.TB, o Options) *Site {
 	s := &Site{options: o, conns: map[net.Conn]struct{}{}}
 	s.options.Region = cmp.Or(o.Region, "eu-central-1")
 	s.Machines = quickvm.New(quickvm.Options{BootDelay: o.BootDelay})
-	s.Cloud = ec2sim.New(ec2sim.Options{Machines: s.Machines, Speed: o.Speed, NoBuckets: !o.Buckets})
+	s.Cloud = ec2sim.New(ec2sim.Options{
+		Machines: s.Machines, Speed: o.Speed, NoBuckets: !o.Buckets, HiddenAtLeast: o.HiddenAtLeast, Now: o.Now,
+	})
 	s.AccessKey, s.SecretKey, s.ImageParameter = ec2sim.AccessKeyID, ec2sim.SecretAccessKey, ec2sim.ParameterDebian13
 	t.Cleanup(func() {
 		s.Cloud.Close()

@@ -216,7 +216,7 @@ func (c *Cloud) outlive(i *instance, machine cloudsim.Machine) {
 		c.mu.Lock()
 		if i.ShutdownBehavior == "stop" && !i.begun() {
 			i.State = StateStopped
-			i.Reason, i.ReasonMessage = "Client.InstanceInitiatedShutdown", "Client.InstanceInitiatedShutdown: Instance initiated shutdown"
+			i.Reason, i.ReasonMessage = ownShutdown, ownShutdown+": Instance initiated shutdown"
 			c.mu.Unlock()
 			// Nothing starts it again here; it waits for its end.
 			select {
@@ -224,7 +224,7 @@ func (c *Cloud) outlive(i *instance, machine cloudsim.Machine) {
 			case <-c.life.Done():
 			}
 		} else {
-			c.endInstance(i, "Client.InstanceInitiatedShutdown", "Client.InstanceInitiatedShutdown: Instance initiated shutdown")
+			c.endInstance(i, ownShutdown, ownShutdown+": Instance initiated shutdown")
 			c.mu.Unlock()
 		}
 	case <-i.kill:
@@ -242,6 +242,9 @@ func (c *Cloud) outlive(i *instance, machine cloudsim.Machine) {
 	c.mu.Unlock()
 }
 
+// ownShutdown is the StateReason of an instance that powered itself off.
+const ownShutdown = "Client.InstanceInitiatedShutdown"
+
 // endInstance begins the end of an instance, unless it has begun. The caller holds
 // mu.
 func (c *Cloud) endInstance(i *instance, reason, message string) {
@@ -249,11 +252,14 @@ func (c *Cloud) endInstance(i *instance, reason, message string) {
 		return
 	}
 	i.State, i.Reason, i.ReasonMessage = StateShuttingDown, reason, message
-	who := "Server"
-	if strings.HasPrefix(reason, "Client.User") {
-		who = "User initiated"
+	// Of an instance that shut itself down the service tells no time.
+	if reason != ownShutdown {
+		who := "Server"
+		if strings.HasPrefix(reason, "Client.User") {
+			who = "User initiated"
+		}
+		i.transition = fmt.Sprintf("%s (%s)", who, c.clock.Now().UTC().Format("2006-01-02 15:04:05 GMT"))
 	}
-	i.transition = fmt.Sprintf("%s (%s)", who, c.clock.Now().UTC().Format("2006-01-02 15:04:05 GMT"))
 	close(i.kill)
 }
 
