@@ -9,10 +9,10 @@ import (
 )
 
 // TestTheWorkerHonoursTheContract holds the built worker to what the Backend
-// contract says of making and ending, and of whose a grant is.
+// contract says of ending, and of whose a grant is.
 func TestTheWorkerHonoursTheContract(t *testing.T) {
 	run(t, newGround(t, nil), backendtest.Harness{
-		Only: []string{"identity", "satisfy", "terminate", "ownership"}, Sweep: backendtest.Sweep{Sample: 3},
+		Only: []string{"identity", "terminate", "ownership"}, Sweep: backendtest.Sweep{Sample: 3},
 	})
 }
 
@@ -36,7 +36,10 @@ func TestTheWorkerIsKilledAtItsCalls(t *testing.T) {
 // goes wrong but what the case itself breaks.
 func TestLongTheWorkerHonoursTheContract(t *testing.T) {
 	run(t, newGround(t, nil), backendtest.Harness{
-		Only: []string{"capabilities", "provision", "watch", "errors"}, Sweep: backendtest.Sweep{Sample: 3},
+		Only: []string{"capabilities", "satisfy", "provision", "watch", "errors"}, Sweep: backendtest.Sweep{Sample: 3},
+		Skip: map[string]string{
+			"provision/a closure by another process is seen before anything is made": "calls to a ledger that is a file can't be held; the test in process does",
+		},
 	})
 }
 
