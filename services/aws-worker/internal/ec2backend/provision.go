@@ -305,8 +305,14 @@ func (b *Backend) record(ctx context.Context, order worker.Order, r *region, fou
 // attempt, nothing exists.
 func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, number uint32) (*attempt, error) {
 	id := identity{order.Grant.ID, number}
-	if err := b.reserve(id, r.name); err != nil {
-		return nil, err
+	if b.reserve(id, r.name) != nil {
+		// Another replica may have ended what took the room.
+		if _, err := b.takeStock(ctx); err != nil {
+			return nil, err
+		}
+		if err := b.reserve(id, r.name); err != nil {
+			return nil, err
+		}
 	}
 	p, err := b.plan(ctx, order, r)
 	if err != nil {

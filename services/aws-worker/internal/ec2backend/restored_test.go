@@ -186,6 +186,11 @@ func TestReplicasShareTheLimit(t *testing.T) {
 		for _, id := range made {
 			terminate(t, second, id) // whoever made it
 		}
+		g, e := s.grant()
+		if _, err := first.Provision(asRequester(t.Context()), g, e); err != nil {
+			t.Errorf("round %d: with all ended: %v", round, err)
+		}
+		terminate(t, second, g.ID)
 	}
 }
 
@@ -205,7 +210,7 @@ func TestJanitorWithAWrongClockEndsNobody(t *testing.T) {
 	s.kill()
 	s.stop(t)
 	s.cloud.Refuse(false)
-	behind.Store(int64(time.Hour))
+	behind.Store(int64(maxSkew + 30*time.Second)) // with which calls still succeed
 	waitFor(t, "the deadline by this machine's clock", func() bool { return time.Now().After(g.ValidTo.Add(time.Second)) })
 
 	runtime, err := worker.NewRuntime(worker.RuntimeConfig{

@@ -305,6 +305,10 @@ func (b *Backend) existing(ctx context.Context, r *region) (map[identity]backend
 
 // List implements backend.Inventory.
 func (b *Backend) List(ctx context.Context) (backend.Listing, error) {
+	// Which is asked for at each sweep: what others ended is free from now on.
+	if _, err := b.takeStock(ctx); err != nil {
+		return backend.Listing{}, err
+	}
 	var (
 		out      backend.Listing
 		problems []error
