@@ -21,7 +21,7 @@ const (
 
 // refusals are what EC2 answers when a fault refuses a request.
 // https://docs.aws.amazon.com/AWSEC2/latest/APIReference/errors-overview.html
-var refusals = map[backendtest.FaultKind]ec2sim.Error{ //nolint:gochecknoglobals // A constant: Go has none of a map type.
+var refusals = map[backendtest.FaultKind]ec2sim.Error{
 	backendtest.FaultCapacity:        {Status: http.StatusInternalServerError, Code: "InsufficientInstanceCapacity", Message: "injected: no room"},
 	backendtest.FaultQuota:           {Status: http.StatusBadRequest, Code: "VcpuLimitExceeded", Message: "injected: a limit"},
 	backendtest.FaultDenied:          {Status: http.StatusForbidden, Code: "UnauthorizedOperation", Message: "injected: denied"},
@@ -31,7 +31,7 @@ var refusals = map[backendtest.FaultKind]ec2sim.Error{ //nolint:gochecknoglobals
 }
 
 // otherRefusals are the same of the services with a protocol of their own.
-var otherRefusals = map[backendtest.FaultKind]ec2sim.Error{ //nolint:gochecknoglobals // As above.
+var otherRefusals = map[backendtest.FaultKind]ec2sim.Error{
 	backendtest.FaultDenied:          {Status: http.StatusBadRequest, Code: "AccessDeniedException", Message: "injected: denied"},
 	backendtest.FaultUnauthenticated: {Status: http.StatusBadRequest, Code: "UnrecognizedClientException", Message: "injected: not authenticated"},
 	backendtest.FaultThrottled:       {Status: http.StatusBadRequest, Code: "ThrottlingException", Message: "injected: too many requests"},

@@ -98,7 +98,7 @@ func (f *Machines) Start(ctx context.Context, boot cloudsim.Boot) (cloudsim.Mach
 	f.mu.Unlock()
 	go func() {
 		defer close(m.off)
-		defer reservation.Close()
+		defer reservation.Close() //nolint:errcheck // A socket that nothing was written to.
 		defer end()
 		m.run(life)
 	}()

@@ -201,7 +201,7 @@ func (s *site) exec(m cloudsim.Machine, user string, login ssh.Signer, stdin, co
 	if err != nil {
 		return "", err
 	}
-	defer client.Close()
+	defer client.Close() //nolint:errcheck // All was read.
 	session, err := client.NewSession()
 	if err != nil {
 		return "", err
