@@ -194,10 +194,19 @@ func describeVPCs(q *call) effect {
 		}
 		vpcs, token := choose([]string{q.region.vpc}, filters, known, wanted)
 		return []element{set("vpcSet", vpcs, func(id string) []element {
-			return []element{
+			elements := []element{
 				text("vpcId", id), text("ownerId", Account), text("state", "available"), text("cidrBlock", "172.31.0.0/16"),
 				text("dhcpOptionsId", "dopt-"+digest(id)), text("instanceTenancy", "default"), boolean("isDefault", true), node("tagSet"),
 			}
+			if block := q.region.ipv6; block != "" {
+				elements = append(elements, set("ipv6CidrBlockAssociationSet", []string{block}, func(block string) []element {
+					return []element{
+						text("associationId", "vpc-cidr-assoc-"+digest(block)), text("ipv6CidrBlock", block),
+						node("ipv6CidrBlockState", text("state", "associated")),
+					}
+				}))
+			}
+			return elements
 		}), token}, nil
 	}
 }

@@ -71,6 +71,9 @@ type Options struct {
 	// GroupVisible is how long a new security group may not be found yet, before
 	// Speed divides it. The service's groups can take a while, but mostly don't.
 	GroupVisible time.Duration
+	// DualStack gives the VPCs a block of IPv6 addresses, which the service's
+	// default ones have only when somebody added it.
+	DualStack bool
 	// Credentials are secrets by access key; those above if there are none.
 	// Signatures aren't checked, what they cover is.
 	Credentials map[string]string
@@ -114,6 +117,7 @@ type Cloud struct {
 type region struct {
 	Region
 	vpc        string
+	ipv6       string // the VPC's block, or empty
 	subnets    []subnet
 	instances  map[string]*instance
 	volumes    map[string]*volume
@@ -176,6 +180,9 @@ func (c *Cloud) newRegion(given Region) *region {
 	for i, zone := range given.Zones {
 		// The default VPC's addresses, 172.31.0.0/16 in twenties.
 		r.subnets = append(r.subnets, subnet{id: "subnet-" + digest(zone.Name), zone: zone.Name, cidr: defaultCIDR(i)})
+	}
+	if c.options.DualStack {
+		r.ipv6 = "2001:db8:" + digest(given.Name)[:4] + ":100::/56"
 	}
 	r.addDefaultGroup(c.nextSerial())
 	return r

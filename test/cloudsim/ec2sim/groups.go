@@ -45,11 +45,22 @@ func (r *region) addDefaultGroup(serial int64) {
 		SecurityGroup: SecurityGroup{
 			ID: r.defaultGroup(), Region: r.Name, Name: "default", Description: "default VPC security group", Tags: map[string]string{},
 			Ingress: []Rule{{Protocol: "-1", From: -1, To: -1, Peer: r.defaultGroup()}},
-			Egress:  []Rule{{Protocol: "-1", From: -1, To: -1, Peer: "0.0.0.0/0"}},
+			Egress:  r.firstEgress(),
 		},
 		serial: serial, vpc: r.vpc,
 	}
 	r.groups[g.ID] = g
+}
+
+// firstEgress is what a new group lets out: everything, over IPv6 too if the VPC
+// has a block
+// (https://docs.aws.amazon.com/vpc/latest/userguide/default-security-group.html).
+func (r *region) firstEgress() []Rule {
+	rules := []Rule{{Protocol: "-1", From: -1, To: -1, Peer: "0.0.0.0/0"}}
+	if r.ipv6 != "" {
+		rules = append(rules, Rule{Protocol: "-1", From: -1, To: -1, Peer: "::/0"})
+	}
+	return rules
 }
 
 func (r *region) defaultGroup() string { return "sg-" + digest(r.Name, "default") }
@@ -105,8 +116,7 @@ func createGroup(q *call) effect {
 		g := &group{
 			SecurityGroup: SecurityGroup{
 				ID: "sg-" + newID(), Region: r.Name, Name: name, Description: description, Tags: tags,
-				// Every new group lets everything out.
-				Egress: []Rule{{Protocol: "-1", From: -1, To: -1, Peer: "0.0.0.0/0"}},
+				Egress: r.firstEgress(),
 			},
 			serial: c.nextSerial(), vpc: r.vpc, visible: c.clock.Now().Add(c.clock.Scale(c.options.GroupVisible)),
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"net/netip"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -331,6 +332,36 @@ func TestSecurityGroupsAreSharedSafely(t *testing.T) {
 	for _, g := range s.SecurityGroups() {
 		if g.Name != "default" {
 			t.Errorf("%v is left", g)
+		}
+	}
+}
+
+func TestANewGroupLetsEverythingOutThatItsVPCHas(t *testing.T) {
+	for _, dual := range []bool{false, true} {
+		s := open(t, ec2sim.Options{DualStack: dual})
+		vpcs, err := s.ec2.DescribeVpcs(t.Context(), &ec2.DescribeVpcsInput{})
+		if err != nil || len(vpcs.Vpcs) != 1 {
+			t.Fatalf("%v, %v", vpcs, err)
+		}
+		if blocks := vpcs.Vpcs[0].Ipv6CidrBlockAssociationSet; (len(blocks) == 1) != dual {
+			t.Errorf("IPv6 %t: blocks %+v", dual, blocks)
+		} else if dual {
+			if block, err := netip.ParsePrefix(*blocks[0].Ipv6CidrBlock); err != nil || block.Bits() != 56 || block != block.Masked() {
+				t.Errorf("block %v, %v", block, err)
+			}
+		}
+		if _, err := s.ec2.CreateSecurityGroup(t.Context(), &ec2.CreateSecurityGroupInput{GroupName: aws.String("g"), Description: aws.String("d")}); err != nil {
+			t.Fatal(err)
+		}
+		groups, err := s.ec2.DescribeSecurityGroups(t.Context(), &ec2.DescribeSecurityGroupsInput{})
+		if err != nil || len(groups.SecurityGroups) != 2 {
+			t.Fatalf("%v, %v", groups, err)
+		}
+		for _, g := range groups.SecurityGroups {
+			out := g.IpPermissionsEgress
+			if len(out) != 1 || len(out[0].IpRanges) != 1 || (len(out[0].Ipv6Ranges) == 1) != dual || dual && *out[0].Ipv6Ranges[0].CidrIpv6 != "::/0" {
+				t.Errorf("IPv6 %t: %s lets out %+v", dual, *g.GroupName, out)
+			}
 		}
 	}
 }
