@@ -150,7 +150,7 @@ func (c *clients) tryRun(ctx context.Context, r *regionClients) error {
 }
 
 // probeLaunch renders a call like those for grants: rights may depend on its
-// tags and on how it protects its metadata.
+// tags, on how it protects its metadata, on its address and on the market.
 func (c *clients) probeLaunch(ctx context.Context, r *regionClients) (*ec2.RunInstancesInput, error) {
 	if c.catalogue == nil || c.images == nil {
 		return nil, backenderr.New(backenderr.Internal, "no catalogue")
@@ -175,8 +175,13 @@ func (c *clients) probeLaunch(ctx context.Context, r *regionClients) (*ec2.RunIn
 	if c.config.KMSKey != "" {
 		disk.KmsKeyId = aws.String(c.config.KMSKey)
 	}
-	return &ec2.RunInstancesInput{
-		ImageId: aws.String(image.ID), InstanceType: types.InstanceType(offers[0].Type), SubnetId: aws.String(offers[0].Subnet),
+	input := &ec2.RunInstancesInput{
+		ImageId: aws.String(image.ID), InstanceType: types.InstanceType(offers[0].Type),
+		// In the VPC's default group: there is none yet that is the bridge's.
+		NetworkInterfaces: []types.InstanceNetworkInterfaceSpecification{{
+			DeviceIndex: aws.Int32(0), SubnetId: aws.String(offers[0].Subnet), DeleteOnTermination: aws.Bool(true),
+			AssociatePublicIpAddress: aws.Bool(r.config.public()),
+		}},
 		MinCount: aws.Int32(1), MaxCount: aws.Int32(1), DryRun: aws.Bool(true),
 		InstanceInitiatedShutdownBehavior: types.ShutdownBehaviorTerminate,
 		MetadataOptions: &types.InstanceMetadataOptionsRequest{
@@ -188,7 +193,16 @@ func (c *clients) probeLaunch(ctx context.Context, r *regionClients) (*ec2.RunIn
 			{ResourceType: types.ResourceTypeVolume, Tags: tags},
 			{ResourceType: types.ResourceTypeNetworkInterface, Tags: tags},
 		},
-	}, nil
+	}
+	if c.config.Market == marketSpot {
+		input.InstanceMarketOptions = &types.InstanceMarketOptionsRequest{
+			MarketType: types.MarketTypeSpot,
+			SpotOptions: &types.SpotMarketOptions{
+				SpotInstanceType: types.SpotInstanceTypeOneTime, InstanceInterruptionBehavior: types.InstanceInterruptionBehaviorTerminate,
+			},
+		}
+	}
+	return input, nil
 }
 
 // trySchedules asks for schedules, if the worker makes any. Scheduler knows no

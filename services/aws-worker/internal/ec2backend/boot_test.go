@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
 )
@@ -66,6 +68,41 @@ func TestTheTriedLaunchIsTaggedAsARealOne(t *testing.T) {
 		if kinds != 3 {
 			t.Errorf("the bridge's tag is on %d kinds of resources, want instance, volume and network interface: %v", kinds, r.Params)
 		}
+	}
+}
+
+// What a right or a role is missing for shows at the start, and not with the
+// first grant.
+func TestTheTriedLaunchSaysWhatARealOneSays(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(*Config){
+		"on demand": func(*Config) {},
+		"spot":      func(c *Config) { c.Market = marketSpot },
+		"encrypted": func(c *Config) { c.KMSKey = "alias/bridge" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, b := openBridge(t, change)
+			g, _ := s.provision(t, b)
+			terminate(t, b, g.ID)
+			// Of each grant its own.
+			own := []string{"ClientToken", "UserData", "DryRun", "NetworkInterface.1.SecurityGroupId.1", "NetworkInterface.1.SubnetId", "BlockDeviceMapping.1.Ebs.VolumeSize"}
+			said := map[bool]map[string]string{}
+			for _, r := range s.cloud.Cloud.Requests() {
+				if r.Action != "RunInstances" {
+					continue
+				}
+				said[r.DryRun] = map[string]string{}
+				for key := range r.Params {
+					if !slices.Contains(own, key) && !strings.HasPrefix(key, "TagSpecification.") {
+						said[r.DryRun][key] = r.Params.Get(key)
+					}
+				}
+			}
+			if diff := cmp.Diff(said[false], said[true]); diff != "" || len(said[true]) == 0 {
+				t.Errorf("a launch and its trial differ: %s", diff)
+			}
+		})
 	}
 }
 

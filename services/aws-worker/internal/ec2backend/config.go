@@ -141,7 +141,8 @@ type GuestConfig struct {
 
 // GuestBinary is the guest for one architecture.
 type GuestBinary struct {
-	// File is a local copy, from which the digest is taken.
+	// File is a local copy, from which the digest is taken when a worker starts.
+	// A janitor, which starts nothing, needs none.
 	File config.Path `toml:"file"`
 	// SHA256 is the digest in place of File, as 64 hex digits.
 	SHA256 string `toml:"sha256"`
@@ -224,9 +225,10 @@ const (
 	maxVolumeGiB = 16 << 10
 )
 
-// volumeTypes are those that can be a root volume and need no further
-// parameter. https://docs.aws.amazon.com/ebs/latest/userguide/ebs-volume-types.html
-var volumeTypes = []string{"gp2", "gp3", "standard"}
+// volumeTypes are those that can be a root volume, need no further parameter and
+// can be of any size up to maxVolumeGiB: "standard" ends at 1 TiB.
+// https://docs.aws.amazon.com/ebs/latest/userguide/ebs-volume-types.html
+var volumeTypes = []string{"gp2", "gp3"}
 
 var (
 	familyName   = regexp.MustCompile(`^[a-z][a-z0-9-]{0,31}$`)
@@ -467,12 +469,6 @@ func (g GuestConfig) validate(p *config.Problems, architectures map[string]bool)
 			p.Add(key("file"), "want either file or sha256")
 		case b.binary.SHA256 != "" && !sha256Digits.MatchString(b.binary.SHA256):
 			p.Add(key("sha256"), "%q: want 64 lower-case hex digits", b.binary.SHA256)
-		case b.binary.File != "":
-			if info, err := os.Stat(string(b.binary.File)); err != nil {
-				p.Add(key("file"), "%v", err)
-			} else if !info.Mode().IsRegular() {
-				p.Add(key("file"), "%s: %v", b.binary.File, errors.New("not a regular file"))
-			}
 		}
 		if b.binary.URL == "" {
 			p.Add(key("url"), "missing: where instances fetch the guest")

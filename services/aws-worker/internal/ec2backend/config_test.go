@@ -2,13 +2,9 @@ package ec2backend
 
 import (
 	"math"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/compute-bridge/compute-bridge/pkg/config"
 )
 
 func TestAConfigurationWithoutAFault(t *testing.T) {
@@ -68,6 +64,7 @@ func TestEveryFaultIsNamedByItsKey(t *testing.T) {
 		"no time":                  {func(c *Config) { c.BootTimeout.Duration = 0 }, "backend.boot_timeout"},
 		"no memory":                {func(c *Config) { c.StockOutMemory.Duration = 0 }, "backend.stock_out_memory"},
 		"a volume":                 {func(c *Config) { c.VolumeType = "io2" }, "backend.volume_type"},
+		"a volume of 1 TiB only":   {func(c *Config) { c.VolumeType = "standard" }, "backend.volume_type"},
 		"no room":                  {func(c *Config) { c.ExtraDiskGiB = 0 }, "backend.extra_disk_gib"},
 		"no room for a grant":      {func(c *Config) { c.ExtraDiskGiB = maxVolumeGiB }, "backend.extra_disk_gib"},
 		"no guest":                 {func(c *Config) { c.Guest.AMD64 = GuestBinary{} }, "backend.guest.amd64"},
@@ -103,22 +100,6 @@ func TestEveryFaultIsNamedByItsKey(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		case test.key != "" && (err == nil || !strings.HasPrefix(err.Error(), test.key+": ") || strings.Contains(err.Error(), "\n")):
 			t.Errorf("%s: %v; want %s alone", name, err, test.key)
-		}
-	}
-}
-
-func TestAGuestThatIsNoFileIsRefused(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	file := filepath.Join(dir, "guest")
-	if err := os.WriteFile(file, []byte("a guest"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	for path, fine := range map[string]bool{file: true, dir: false, filepath.Join(dir, "none"): false} {
-		c := validConfig(t, "")
-		c.Guest.AMD64.SHA256, c.Guest.AMD64.File = "", config.Path(path)
-		if err := c.Validate(); (err == nil) != fine {
-			t.Errorf("%s: %v", path, err)
 		}
 	}
 }

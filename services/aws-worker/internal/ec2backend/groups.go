@@ -6,10 +6,12 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/ec2"
@@ -29,7 +31,12 @@ const (
 	codeGroupGone        = "InvalidGroup.NotFound"
 	codePermissionExists = "InvalidPermission.Duplicate"
 	codePermissionGone   = "InvalidPermission.NotFound"
+	codeGroupsFull       = "SecurityGroupLimitExceeded"
 )
+
+// maxCollected bounds how many unused groups are deleted at once: EC2 lets 50
+// such calls through, and then 5 each second (pageThrottling).
+const maxCollected = 20
 
 // rules are what a security group lets through.
 type rules struct {
@@ -100,15 +107,89 @@ func (r rules) egress() types.IpPermission {
 	return out
 }
 
-// everywhere is the rule for what goes out that EC2 gives to every new group.
-func everywhere() types.IpPermission {
-	return types.IpPermission{IpProtocol: aws.String("-1"), IpRanges: []types.IpRange{{CidrIp: aws.String("0.0.0.0/0")}}}
+// allowed is one peer that a rule lets through.
+type allowed struct {
+	protocol string
+	from, to int32 // -1 with protocols that have no ports
+	peer     string
+}
+
+// allowedBy takes permissions apart. A network is written in one way only, as EC2
+// does it.
+func allowedBy(permissions []types.IpPermission) []allowed {
+	var out []allowed
+	for _, p := range permissions {
+		one := allowed{protocol: aws.ToString(p.IpProtocol), from: -1, to: -1}
+		if p.FromPort != nil && p.ToPort != nil && one.protocol != allProtocols {
+			one.from, one.to = *p.FromPort, *p.ToPort
+		}
+		add := func(peer *string) {
+			one.peer = aws.ToString(peer)
+			if network, err := netip.ParsePrefix(one.peer); err == nil {
+				one.peer = network.Masked().String()
+			}
+			out = append(out, one)
+		}
+		for _, to := range p.IpRanges {
+			add(to.CidrIp)
+		}
+		for _, to := range p.Ipv6Ranges {
+			add(to.CidrIpv6)
+		}
+		for _, to := range p.PrefixListIds {
+			add(to.PrefixListId)
+		}
+		for _, to := range p.UserIdGroupPairs {
+			add(to.GroupId)
+		}
+	}
+	return out
+}
+
+// allProtocols is EC2's word for them.
+const allProtocols = "-1"
+
+// permission is the rule that lets one peer through.
+func (a allowed) permission() types.IpPermission {
+	out := types.IpPermission{IpProtocol: aws.String(a.protocol)}
+	if a.protocol != allProtocols {
+		out.FromPort, out.ToPort = aws.Int32(a.from), aws.Int32(a.to)
+	}
+	switch {
+	case strings.HasPrefix(a.peer, "pl-"):
+		out.PrefixListIds = []types.PrefixListId{{PrefixListId: aws.String(a.peer)}}
+	case strings.HasPrefix(a.peer, "sg-"):
+		out.UserIdGroupPairs = []types.UserIdGroupPair{{GroupId: aws.String(a.peer)}}
+	case strings.Contains(a.peer, ":"):
+		out.Ipv6Ranges = []types.Ipv6Range{{CidrIpv6: aws.String(a.peer)}}
+	default:
+		out.IpRanges = []types.IpRange{{CidrIp: aws.String(a.peer)}}
+	}
+	return out
+}
+
+// lacking are the rules of want that have lacks.
+func lacking(have, want []types.IpPermission) []types.IpPermission {
+	there := allowedBy(have)
+	var out []types.IpPermission
+	for _, a := range allowedBy(want) {
+		if !slices.Contains(there, a) {
+			out = append(out, a.permission())
+			there = append(there, a) // once
+		}
+	}
+	return out
 }
 
 // groups remembers the groups that this process has seen whole.
 type groups struct {
 	mu    sync.Mutex
 	known map[string]string // region, VPC and rules to group id
+	// asked is when a group's name was last asked for: it is about to be used.
+	asked map[string]time.Time
+
+	// collecting is held by the one who deletes unused groups.
+	collecting sync.Mutex
 }
 
 func (g *groups) get(key string) string {
@@ -126,6 +207,35 @@ func (g *groups) set(key, id string) {
 	g.known[key] = id
 }
 
+// use says that a group is about to be used.
+func (g *groups) use(name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.asked == nil {
+		g.asked = map[string]time.Time{}
+	}
+	g.asked[name] = time.Now()
+}
+
+// used says whether a group was about to be used not long ago, and forgets those
+// that weren't.
+func (g *groups) used(name string, within time.Duration) bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if time.Since(g.asked[name]) < within {
+		return true
+	}
+	delete(g.asked, name)
+	return false
+}
+
+// drop forgets one group.
+func (g *groups) drop(id string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	maps.DeleteFunc(g.known, func(_, known string) bool { return known == id })
+}
+
 // forget is for when EC2 says that groups aren't there that we thought are.
 func (g *groups) forget() {
 	g.mu.Lock()
@@ -138,15 +248,34 @@ func (g *groups) forget() {
 // who make it at once, one gets the other's.
 func (b *Backend) group(ctx context.Context, r *region, vpc string, want rules) (string, error) {
 	key := strings.Join([]string{string(r.name), vpc, want.key()}, " ")
+	name := "cb-" + b.env.BridgeID + "-" + want.key()
+	b.groups.use(name)
 	if id := b.groups.get(key); id != "" {
 		return id, nil
 	}
-	name := "cb-" + b.env.BridgeID + "-" + want.key()
 	found, err := b.findGroup(ctx, r, vpc, name)
 	if err != nil {
 		return "", err
 	}
 	if found == nil {
+		if err := b.makeGroup(ctx, r, vpc, name, want); err != nil {
+			return "", err
+		}
+		if found, err = b.awaitGroup(ctx, r, vpc, name); err != nil {
+			return "", err
+		}
+	}
+	id := aws.ToString(found.GroupId)
+	if err := b.completeGroup(ctx, r, *found, want); err != nil {
+		return "", err
+	}
+	b.groups.set(key, id)
+	return id, nil
+}
+
+// makeGroup makes a group that isn't there. That it is there after all is fine.
+func (b *Backend) makeGroup(ctx context.Context, r *region, vpc, name string, want rules) error {
+	create := func() error {
 		_, err := r.clients.ec2.CreateSecurityGroup(ctx, &ec2.CreateSecurityGroupInput{
 			GroupName: aws.String(name), VpcId: aws.String(vpc),
 			Description: aws.String("Compute bridge " + b.env.BridgeID + ": shared by the instances with the same ports and network policy"),
@@ -155,19 +284,78 @@ func (b *Backend) group(ctx context.Context, r *region, vpc string, want rules) 
 				Tags:         tagList(map[string]string{tagBridge: b.env.BridgeID, tagGroup: want.key(), tagName: name}),
 			}},
 		})
-		if err != nil && codeOf(err) != codeGroupExists {
-			return "", classify(err, "create the security group "+name)
+		if codeOf(err) == codeGroupExists {
+			return nil
 		}
-		if found, err = b.awaitGroup(ctx, r, vpc, name); err != nil {
-			return "", err
+		return err
+	}
+	err := create()
+	if codeOf(err) == codeGroupsFull {
+		// Requesters choose ports and destinations: what they chose once and nobody
+		// uses now makes room.
+		b.groups.collecting.Lock()
+		defer b.groups.collecting.Unlock()
+		if err = create(); codeOf(err) == codeGroupsFull && b.collectGroups(ctx, r) > 0 {
+			err = create()
 		}
 	}
-	if err := b.fillGroup(ctx, r, *found, want); err != nil {
-		return "", err
+	if err != nil {
+		return classify(err, "create the security group "+name)
 	}
-	id := aws.ToString(found.GroupId)
-	b.groups.set(key, id)
-	return id, nil
+	return nil
+}
+
+// collectGroups deletes some of the bridge's groups in a region that nothing
+// uses, and returns how many. EC2 itself refuses to delete one in use; a grant
+// whose group is deleted just before its launch gets it again with its next
+// attempt.
+func (b *Backend) collectGroups(ctx context.Context, r *region) int {
+	own := []types.Filter{{Name: aws.String("tag:" + tagBridge), Values: []string{b.env.BridgeID}}}
+	inUse := map[string]bool{}
+	interfaces := ec2.NewDescribeNetworkInterfacesPaginator(r.clients.ec2, &ec2.DescribeNetworkInterfacesInput{Filters: own, MaxResults: aws.Int32(pageSize)})
+	for interfaces.HasMorePages() {
+		page, err := interfaces.NextPage(ctx)
+		if err != nil {
+			b.log.WarnContext(ctx, "Unused security groups can't be told", "region", string(r.name), "error", describe(err))
+			return 0
+		}
+		for _, n := range page.NetworkInterfaces {
+			for _, g := range n.Groups {
+				inUse[aws.ToString(g.GroupId)] = true
+			}
+		}
+	}
+	deleted := 0
+	all := ec2.NewDescribeSecurityGroupsPaginator(r.clients.ec2, &ec2.DescribeSecurityGroupsInput{Filters: own, MaxResults: aws.Int32(pageSize)})
+	for tried := 0; all.HasMorePages() && tried < maxCollected; {
+		page, err := all.NextPage(ctx)
+		if err != nil {
+			b.log.WarnContext(ctx, "Unused security groups can't be listed", "region", string(r.name), "error", describe(err))
+			break
+		}
+		for _, g := range page.SecurityGroups {
+			id, name := aws.ToString(g.GroupId), aws.ToString(g.GroupName)
+			made := slices.ContainsFunc(g.Tags, func(tag types.Tag) bool { return aws.ToString(tag.Key) == tagGroup })
+			if !made || inUse[id] || tried == maxCollected || b.groups.used(name, b.groupInUse()) {
+				continue
+			}
+			tried++
+			_, err := r.clients.ec2.DeleteSecurityGroup(ctx, &ec2.DeleteSecurityGroupInput{GroupId: g.GroupId})
+			if err != nil && !notFound(err) {
+				b.log.WarnContext(ctx, "Can't delete an unused security group", "region", string(r.name), "group", name, "error", describe(err))
+				continue
+			}
+			deleted++
+			b.groups.drop(id)
+		}
+	}
+	b.log.InfoContext(ctx, "Deleted unused security groups", "region", string(r.name), "count", deleted)
+	return deleted
+}
+
+// groupInUse is how long after it was asked for a group may not show what uses it.
+func (b *Backend) groupInUse() time.Duration {
+	return callAttempts*callTimeout + b.config.VisibilityDelay.Duration
 }
 
 // findGroup returns nil if there is no such group.
@@ -203,58 +391,67 @@ func (b *Backend) awaitGroup(ctx context.Context, r *region, vpc, name string) (
 	}
 }
 
-// fillGroup gives a group the rules that it lacks.
-func (b *Backend) fillGroup(ctx context.Context, r *region, have types.SecurityGroup, want rules) error {
-	id, name := have.GroupId, aws.ToString(have.GroupName)
-	var missing []types.IpPermission
-	for _, p := range want.ingress() {
-		there := func(h types.IpPermission) bool {
-			return aws.ToInt32(h.FromPort) == *p.FromPort && aws.ToString(h.IpProtocol) == *p.IpProtocol
+// completeGroup gives a group its rules. Others may be at it, too: then it looks
+// again what is left to do.
+func (b *Backend) completeGroup(ctx context.Context, r *region, have types.SecurityGroup, want rules) error {
+	waiting, cancel := context.WithTimeout(ctx, b.config.VisibilityDelay.Duration)
+	defer cancel()
+	for {
+		raced, err := b.fillGroup(ctx, r, have, want)
+		if err != nil || !raced {
+			return err
 		}
-		if !slices.ContainsFunc(have.IpPermissions, there) {
-			missing = append(missing, p)
+		answer, err := r.clients.ec2.DescribeSecurityGroups(ctx, &ec2.DescribeSecurityGroupsInput{GroupIds: []string{aws.ToString(have.GroupId)}})
+		switch {
+		case err != nil:
+			return classify(err, "look for the security group "+aws.ToString(have.GroupName))
+		case len(answer.SecurityGroups) == 1:
+			have = answer.SecurityGroups[0]
+		}
+		if err := sleep(waiting, b.config.PollInterval.Duration/freshGap); err != nil {
+			return backenderr.New(backenderr.ProviderUnavailable, "the rules of the security group %s keep changing", aws.ToString(have.GroupName)).
+				WithRetryAfter(b.config.VisibilityDelay.Duration)
 		}
 	}
+}
+
+// fillGroup gives a group the rules that it lacks, and takes away what it lets
+// out besides; EC2 lets everything out of a new one. raced says that EC2 knows
+// other rules than have, of which a call does nothing then.
+func (b *Backend) fillGroup(ctx context.Context, r *region, have types.SecurityGroup, want rules) (raced bool, err error) {
+	id, name := have.GroupId, aws.ToString(have.GroupName)
 	// What may go out first: the group is whole only when all of it is done, and
 	// is used only then.
 	if !want.open {
-		if err := b.closeEgress(ctx, r, have, want); err != nil {
-			return err
+		egress := []types.IpPermission{want.egress()}
+		if unwanted := lacking(egress, have.IpPermissionsEgress); len(unwanted) > 0 {
+			_, err := r.clients.ec2.RevokeSecurityGroupEgress(ctx, &ec2.RevokeSecurityGroupEgressInput{GroupId: id, IpPermissions: unwanted})
+			if raced, err := lost(err, codePermissionGone, "close the security group "+name); raced || err != nil {
+				return raced, err
+			}
+		}
+		if missing := lacking(have.IpPermissionsEgress, egress); len(missing) > 0 {
+			_, err := r.clients.ec2.AuthorizeSecurityGroupEgress(ctx, &ec2.AuthorizeSecurityGroupEgressInput{GroupId: id, IpPermissions: missing})
+			if raced, err := lost(err, codePermissionExists, "open the destinations of the security group "+name); raced || err != nil {
+				return raced, err
+			}
 		}
 	}
+	missing := lacking(have.IpPermissions, want.ingress())
 	if len(missing) == 0 {
-		return nil
+		return false, nil
 	}
-	_, err := r.clients.ec2.AuthorizeSecurityGroupIngress(ctx, &ec2.AuthorizeSecurityGroupIngressInput{GroupId: id, IpPermissions: missing})
-	if err != nil && codeOf(err) != codePermissionExists {
-		return classify(err, "open the ports of the security group "+name)
-	}
-	return nil
+	_, err = r.clients.ec2.AuthorizeSecurityGroupIngress(ctx, &ec2.AuthorizeSecurityGroupIngressInput{GroupId: id, IpPermissions: missing})
+	return lost(err, codePermissionExists, "open the ports of the security group "+name)
 }
 
-func (b *Backend) closeEgress(ctx context.Context, r *region, have types.SecurityGroup, want rules) error {
-	id, name := have.GroupId, aws.ToString(have.GroupName)
-	wide := func(p types.IpPermission) bool {
-		return slices.ContainsFunc(p.IpRanges, func(to types.IpRange) bool { return aws.ToString(to.CidrIp) == "0.0.0.0/0" })
+// lost tells a race that another has won from other failures.
+func lost(err error, code, doing string) (bool, error) {
+	switch {
+	case err == nil:
+		return false, nil
+	case codeOf(err) == code:
+		return true, nil
 	}
-	if slices.ContainsFunc(have.IpPermissionsEgress, wide) && !slices.Contains(want.prefixes, "0.0.0.0/0") {
-		_, err := r.clients.ec2.RevokeSecurityGroupEgress(ctx, &ec2.RevokeSecurityGroupEgressInput{GroupId: id, IpPermissions: []types.IpPermission{everywhere()}})
-		if err != nil && codeOf(err) != codePermissionGone {
-			return classify(err, "close the security group "+name)
-		}
-	}
-	let := func(p types.IpPermission) int { return len(p.IpRanges) + len(p.Ipv6Ranges) + len(p.PrefixListIds) }
-	allowed := 0
-	for _, p := range have.IpPermissionsEgress {
-		if !wide(p) {
-			allowed += let(p)
-		}
-	}
-	if egress := want.egress(); allowed < let(egress) {
-		_, err := r.clients.ec2.AuthorizeSecurityGroupEgress(ctx, &ec2.AuthorizeSecurityGroupEgressInput{GroupId: id, IpPermissions: []types.IpPermission{egress}})
-		if err != nil && codeOf(err) != codePermissionExists {
-			return classify(err, "open the destinations of the security group "+name)
-		}
-	}
-	return nil
+	return false, classify(err, doing)
 }

@@ -231,7 +231,7 @@ func asked(t *testing.T, r ec2sim.Request, known tagged) []act {
 		return slices.Concat(out, made("instance"), made("volume"), made("network-interface"))
 	case "ec2:CreateSecurityGroup":
 		return append(made("security-group"), on("vpc", r.Params.Get("VpcId")))
-	case "ec2:AuthorizeSecurityGroupIngress", "ec2:AuthorizeSecurityGroupEgress", "ec2:RevokeSecurityGroupEgress":
+	case "ec2:AuthorizeSecurityGroupIngress", "ec2:AuthorizeSecurityGroupEgress", "ec2:RevokeSecurityGroupEgress", "ec2:DeleteSecurityGroup":
 		return []act{on("security-group", r.Params.Get("GroupId"))}
 	case "ec2:TerminateInstances":
 		for _, id := range numbered(r.Params, "InstanceId") {
@@ -279,7 +279,17 @@ func TestThePolicyAllowsWhatTheWorkerCalls(t *testing.T) {
 	if _, err := b.Provision(asRequester(t.Context()), g, e); !backenderr.Is(err, backenderr.WorkloadFailed) {
 		t.Fatalf("a boot that fails: %v", err)
 	}
-	// A group with ports and destinations, and what an instance leaves behind.
+	known.collect(cloud)
+	// A group with ports and destinations, for which there is no room but that of
+	// the group before, and what an instance leaves behind.
+	fillUp(cloud, 1)
+	s.mu.Lock()
+	driver, ok := s.driver.(*Backend)
+	s.mu.Unlock()
+	if !ok {
+		t.Fatalf("the driver is a %T", s.driver)
+	}
+	driver.groups.forgetAsked()
 	g, e = s.grant()
 	g.Ports = []backend.Port{{Number: 8080, Protocol: backend.TCP}}
 	g.Network = backend.NetworkPolicy{Mode: backend.NetworkAllowlist, AllowedPrefixes: []string{"198.51.100.0/24"}}
@@ -292,9 +302,6 @@ func TestThePolicyAllowsWhatTheWorkerCalls(t *testing.T) {
 	}
 	known.collect(cloud)
 	terminate(t, b, g.ID)
-	s.mu.Lock()
-	driver := s.driver
-	s.mu.Unlock()
 	if _, err := driver.List(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -444,6 +451,8 @@ func TestThePolicyReachesNothingOfOthers(t *testing.T) {
 		{"end an instance without tags", act{"ec2:TerminateInstances", arn(region, "instance", "i-1"), nil}, false},
 		{"delete a volume of another bridge's", act{"ec2:DeleteVolume", arn(region, "volume", "vol-1"), theirs}, false},
 		{"delete an interface without tags", act{"ec2:DeleteNetworkInterface", arn(region, "network-interface", "eni-1"), nil}, false},
+		{"delete a group of others", act{"ec2:DeleteSecurityGroup", arn(region, "security-group", "sg-1"), nil}, false},
+		{"delete a group of another bridge's", act{"ec2:DeleteSecurityGroup", arn(region, "security-group", "sg-1"), theirs}, false},
 		{"open a group of others", act{"ec2:AuthorizeSecurityGroupIngress", arn(region, "security-group", "sg-1"), nil}, false},
 		{"read the console of others", act{"ec2:GetConsoleOutput", arn(region, "instance", "i-1"), theirs}, false},
 		{"make an instance of the bridge's", act{"ec2:RunInstances", arn(region, "instance", "*"), named}, true},

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
@@ -15,9 +16,17 @@ import (
 )
 
 // terminateTarget is EventBridge Scheduler's universal target for EC2's
-// TerminateInstances
+// TerminateInstances, in the partition of the role that calls it
 // (https://docs.aws.amazon.com/scheduler/latest/UserGuide/managing-targets-universal.html).
-const terminateTarget = "arn:aws:scheduler:::aws-sdk:ec2:terminateInstances"
+func terminateTarget(role string) string {
+	_, rest, _ := strings.Cut(role, ":")
+	partition, _, _ := strings.Cut(rest, ":")
+	return "arn:" + partition + ":scheduler:::aws-sdk:ec2:terminateInstances"
+}
+
+// codeScheduleInvalid is Scheduler's answer to a schedule that it can't make
+// (pageScheduler).
+const codeScheduleInvalid = "ValidationException"
 
 // deadlinePlatform is the value of [Config.Deadline] with which a schedule of
 // EventBridge's ends an instance, beside the timer in the guest.
@@ -40,13 +49,18 @@ func (b *Backend) arm(ctx context.Context, r *region, id identity, instanceID st
 		ScheduleExpressionTimezone: aws.String("UTC"),
 		FlexibleTimeWindow:         &types.FlexibleTimeWindow{Mode: types.FlexibleTimeWindowModeOff},
 		ActionAfterCompletion:      types.ActionAfterCompletionDelete,
-		Target:                     &types.Target{Arn: aws.String(terminateTarget), RoleArn: aws.String(b.config.ScheduleRole), Input: aws.String(string(input))},
+		Target:                     &types.Target{Arn: aws.String(terminateTarget(b.config.ScheduleRole)), RoleArn: aws.String(b.config.ScheduleRole), Input: aws.String(string(input))},
 	})
 	if _, exists := errors.AsType[*types.ConflictException](err); exists || err == nil {
 		return nil
 	}
 	if _, missing := errors.AsType[*types.ResourceNotFoundException](err); missing {
 		return backenderr.Wrap(backenderr.HostUnfit, err, "schedule group %q", b.config.ScheduleGroup)
+	}
+	if codeOf(err) == codeScheduleInvalid {
+		// Nothing of the grant's is in it but a time: the role can't be assumed, or
+		// is another account's.
+		return backenderr.Wrap(backenderr.HostUnfit, classify(err, "schedule the end of the instance"), "schedule role %q", b.config.ScheduleRole)
 	}
 	return classify(err, "schedule the end of the instance")
 }

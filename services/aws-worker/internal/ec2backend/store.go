@@ -43,7 +43,7 @@ type store struct {
 // guestSource is the guest for an architecture.
 type guestSource struct{ url, sha256 string }
 
-// newStore reads the guests' digests.
+// newStore reads the guests' digests, but for a janitor, which starts no guest.
 func newStore(c Config, clients *clients) (*store, error) {
 	region := c.ImageStore.Region
 	if region == "" && len(c.Regions) > 0 {
@@ -64,10 +64,10 @@ func newStore(c Config, clients *clients) (*store, error) {
 			continue
 		}
 		source := guestSource{url: binary.URL, sha256: binary.SHA256}
-		if binary.File != "" {
+		if binary.File != "" && !clients.env.Janitor {
 			data, err := readFile(binary.File)
 			if err != nil {
-				return nil, fmt.Errorf("guest binary for %s: %w", arch, err)
+				return nil, fmt.Errorf("backend.guest.%s.file: %w", arch, err)
 			}
 			sum := sha256.Sum256(data)
 			source.sha256 = hex.EncodeToString(sum[:])

@@ -47,6 +47,36 @@ func imageServer(t *testing.T, image []byte) (address string, order worker.Order
 	return server.URL, order
 }
 
+func TestAGuestThatIsNoFileIsRefusedButToAJanitor(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	file := filepath.Join(dir, "guest")
+	if err := os.WriteFile(file, []byte("a guest"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for path, fine := range map[string]bool{file: true, dir: false, filepath.Join(dir, "none"): false} {
+		c := validConfig(t, "")
+		c.Guest.AMD64.SHA256, c.Guest.AMD64.File = "", config.Path(path)
+		if err := c.Validate(); err != nil {
+			t.Errorf("%s: %v", path, err)
+		}
+		_, err := newStore(c, openClients(t, c))
+		if (err == nil) != fine || err != nil && !strings.Contains(err.Error(), "backend.guest.amd64.file") {
+			t.Errorf("%s: %v", path, err)
+		}
+		env := testEnv(t)
+		env.Janitor = true
+		driver, err := Open(t.Context(), c, env)
+		if err != nil {
+			t.Errorf("a janitor, with %s: %v", path, err)
+			continue
+		}
+		if err := driver.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 func openStore(t *testing.T, c Config) *store {
 	t.Helper()
 	s, err := newStore(c, openClients(t, c))
