@@ -374,19 +374,25 @@ func (b *Backend) findGroup(ctx context.Context, r *region, vpc, name string) (*
 	return &answer.SecurityGroups[0], nil
 }
 
+// groupLooks is how often a group is looked at at least before EC2 counts as at
+// odds with itself, however long that takes.
+const groupLooks = 5
+
 // awaitGroup waits until EC2 shows a group that exists.
 func (b *Backend) awaitGroup(ctx context.Context, r *region, vpc, name string) (*types.SecurityGroup, error) {
-	ctx, cancel := context.WithTimeout(ctx, b.config.VisibilityDelay.Duration)
-	defer cancel()
-	for {
+	until := time.Now().Add(b.config.VisibilityDelay.Duration)
+	for look := 1; ; look++ {
 		found, err := b.findGroup(ctx, r, vpc, name)
 		if err != nil || found != nil {
 			return found, err
 		}
-		if err := sleep(ctx, b.config.PollInterval.Duration/freshGap); err != nil {
+		if look >= groupLooks && time.Now().After(until) {
 			// A group of this name exists that isn't the bridge's, or EC2 is late.
 			return nil, backenderr.New(backenderr.ProviderUnavailable, "the security group %s exists, but isn't shown with this bridge's tag", name).
 				WithRetryAfter(b.config.VisibilityDelay.Duration)
+		}
+		if err := sleep(ctx, b.config.PollInterval.Duration/freshGap); err != nil {
+			return nil, classify(err, "wait for the security group "+name)
 		}
 	}
 }
@@ -394,9 +400,8 @@ func (b *Backend) awaitGroup(ctx context.Context, r *region, vpc, name string) (
 // completeGroup gives a group its rules. Others may be at it, too: then it looks
 // again what is left to do.
 func (b *Backend) completeGroup(ctx context.Context, r *region, have types.SecurityGroup, want rules) error {
-	waiting, cancel := context.WithTimeout(ctx, b.config.VisibilityDelay.Duration)
-	defer cancel()
-	for {
+	until := time.Now().Add(b.config.VisibilityDelay.Duration)
+	for look := 1; ; look++ {
 		raced, err := b.fillGroup(ctx, r, have, want)
 		if err != nil || !raced {
 			return err
@@ -408,9 +413,12 @@ func (b *Backend) completeGroup(ctx context.Context, r *region, have types.Secur
 		case len(answer.SecurityGroups) == 1:
 			have = answer.SecurityGroups[0]
 		}
-		if err := sleep(waiting, b.config.PollInterval.Duration/freshGap); err != nil {
+		if look >= groupLooks && time.Now().After(until) {
 			return backenderr.New(backenderr.ProviderUnavailable, "the rules of the security group %s keep changing", aws.ToString(have.GroupName)).
 				WithRetryAfter(b.config.VisibilityDelay.Duration)
+		}
+		if err := sleep(ctx, b.config.PollInterval.Duration/freshGap); err != nil {
+			return classify(err, "complete the security group "+aws.ToString(have.GroupName))
 		}
 	}
 }

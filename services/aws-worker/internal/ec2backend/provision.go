@@ -344,7 +344,11 @@ func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, nu
 		err = full(r.name)
 	}
 	if err != nil {
-		return nil, b.giveUp(ctx, a, err)
+		failure := b.giveUp(ctx, a, err)
+		if backenderr.CreatedOf(failure) == backenderr.CreatedNone {
+			return nil, failure
+		}
+		return a, failure // another replica may be at it
 	}
 	return a, nil
 }
