@@ -106,10 +106,15 @@ func Open(t testing.TB, o Options) *Site {
 // tell logs what there is to know of a case that has failed.
 func (s *Site) tell(t testing.TB) {
 	t.Helper()
+	const consoles, most = 8, 300
+	told := 0
 	for id, console := range s.Machines.Consoles() {
+		if told++; told > consoles {
+			t.Logf("and the consoles of %d others", len(s.Machines.Consoles())-consoles)
+			break
+		}
 		t.Logf("the console of %s:\n%s", id, console)
 	}
-	const most = 300
 	all := s.Cloud.Requests()
 	var lines strings.Builder
 	for _, r := range all[max(0, len(all)-most):] {

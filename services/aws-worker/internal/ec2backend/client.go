@@ -373,12 +373,22 @@ type apiLimit struct {
 	second float64
 }
 
+// withHeadroom is the limit with a fifth of its size less. AWS counts a call when
+// it arrives, the worker when it leaves: of a burst that was held up on its way,
+// AWS's bucket has not yet got back what the worker's has, and with buckets of the
+// same size the next call is refused.
+func (l apiLimit) withHeadroom() apiLimit {
+	l.burst -= l.burst / 5
+	return l
+}
+
 // apiLimits are the documented ones of each account and region (pageThrottling),
 // which an account shares among all that call in its name. The worker doesn't
 // know what of it others use; where they use it, AWS answers
-// RequestLimitExceeded and the call is repeated. RunInstances has a second
-// bucket, of instances, with 1000 and 2 each second, which the first keeps from
-// running dry: a call here makes one instance.
+// RequestLimitExceeded and the call is repeated. A fifth of their size stays
+// unused (withHeadroom). RunInstances has a second bucket, of instances, with 1000
+// and 2 each second, which the first keeps from running dry: a call here makes one
+// instance.
 var apiLimits = []apiLimit{
 	{"RunInstances", 5, 2},
 	{"TerminateInstances", 100, 5},
@@ -422,7 +432,9 @@ func newBuckets(own []APILimitConfig) *buckets {
 			}
 		}
 	}
-	b.limits = append(b.limits, apiLimits...)
+	for _, l := range apiLimits {
+		b.limits = append(b.limits, l.withHeadroom())
+	}
 	return b
 }
 
@@ -449,8 +461,8 @@ func (b *buckets) limit(action string) apiLimit {
 	}
 	for _, prefix := range []string{"Describe", "Get", "List"} {
 		if strings.HasPrefix(action, prefix) {
-			return apiLimit{action, readBurst, readPerSec}
+			return apiLimit{action, readBurst, readPerSec}.withHeadroom()
 		}
 	}
-	return apiLimit{action, changeBurst, changePerSec}
+	return apiLimit{action, changeBurst, changePerSec}.withHeadroom()
 }
