@@ -16,6 +16,9 @@ func TestBoto3Agrees(t *testing.T) {
 	// Fast, but for the moment in which an instance isn't found.
 	s := open(t, ec2sim.Options{Speed: 3000, HiddenAtLeast: 200 * time.Millisecond, NoBuckets: true})
 	throttled := open(t, ec2sim.Options{})
+	denying := open(t, ec2sim.Options{})
+	denying.Deny("ec2:DescribeVpcs", "sts:GetCallerIdentity", "ssm:GetParameter", "scheduler:ListSchedules", "monitoring:GetMetricData")
+	ahead := open(t, ec2sim.Options{Now: func() time.Time { return time.Now().Add(time.Hour) }})
 	defer s.StockOut("us-east-1", "us-east-1b", "m7i.large")()
 	defer s.StockOutAfterLaunch("us-east-1", "", "c7i.large")()
 	s.SetQuota("us-east-1", ec2sim.Quotas{OnDemand: 8, Spot: 2})
@@ -29,7 +32,7 @@ func TestBoto3Agrees(t *testing.T) {
 			return ec2sim.Intervention{}
 		}
 	})
-	check := exec.CommandContext(t.Context(), python, "testdata/boto3_check.py", s.url, throttled.url, ec2sim.AccessKeyID, ec2sim.SecretAccessKey)
+	check := exec.CommandContext(t.Context(), python, "testdata/boto3_check.py", s.url, throttled.url, denying.url, ahead.url, ec2sim.AccessKeyID, ec2sim.SecretAccessKey)
 	// Nothing of this machine's own configuration.
 	check.Env = []string{"AWS_EC2_METADATA_DISABLED=true", "AWS_CONFIG_FILE=/nonexistent", "AWS_SHARED_CREDENTIALS_FILE=/nonexistent", "PYTHONDONTWRITEBYTECODE=1"}
 	output, err := check.CombinedOutput()

@@ -2,7 +2,8 @@
 AWS worker tells apart, and holds each answer to botocore's own models: no element
 that the model doesn't know, no value of another type, nothing required missing.
 
-    boto3_check.py <url> <url of one that throttles> <access key id> <secret access key>
+    boto3_check.py <url> <url of one that throttles> <url of one that denies>
+        <url of one whose clock is ahead> <access key id> <secret access key>
 
 The clouds are prepared by the test that runs this: see TestBoto3Agrees.
 """
@@ -19,7 +20,7 @@ import botocore.validate
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
-URL, THROTTLED, KEY, SECRET = sys.argv[1:]
+URL, THROTTLED, DENYING, AHEAD, KEY, SECRET = sys.argv[1:]
 HOME = "eu-central-1"
 GRANT = "ab" * 32
 
@@ -198,6 +199,8 @@ expect("InvalidPermission.Duplicate", ec2.authorize_security_group_ingress, Grou
 everything = [{"IpProtocol": "-1", "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}]
 want("revoked", ec2.revoke_security_group_egress(GroupId=group, IpPermissions=everything)["Return"], True)
 expect("InvalidPermission.NotFound", ec2.revoke_security_group_egress, GroupId=group, IpPermissions=everything)
+expect("RulesPerSecurityGroupLimitExceeded", ec2.authorize_security_group_egress, GroupId=group, IpPermissions=[
+    {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": [{"CidrIp": "10.0.0.0/8"}]} for port in range(1, 62)])
 ec2.authorize_security_group_egress(
     GroupId=group, IpPermissions=[{"IpProtocol": "tcp", "FromPort": 443, "ToPort": 443, "IpRanges": [{"CidrIp": "10.0.0.0/8"}]}]
 )
@@ -344,6 +347,27 @@ expect("UnauthorizedOperation", far.delete_volume, VolumeId=volume["VolumeId"])
 expect("InvalidAction", far.describe_addresses)
 expect("InternalError", far.describe_vpcs)
 
+
+# What every service may say to any call, each in its own protocol.
+def calls(url):
+    services = {name: client(name, url=url) for name in ("ec2", "sts", "ssm", "scheduler", "cloudwatch")}
+    return {
+        "ec2": (services["ec2"].describe_vpcs, {}),
+        "sts": (services["sts"].get_caller_identity, {}),
+        "ssm": (services["ssm"].get_parameter, {"Name": "x"}),
+        "scheduler": (services["scheduler"].list_schedules, {}),
+        "cloudwatch": (services["cloudwatch"].get_metric_data, query),
+    }
+
+
+for url, codes in (
+    (DENYING, {"ec2": "UnauthorizedOperation", "sts": "AccessDenied", "ssm": "AccessDeniedException",
+               "scheduler": "AccessDeniedException", "cloudwatch": "AccessDenied"}),
+    (AHEAD, {"ec2": "RequestExpired", "sts": "SignatureDoesNotMatch", "ssm": "InvalidSignatureException",
+             "scheduler": "InvalidSignatureException", "cloudwatch": "SignatureDoesNotMatch"}),
+):
+    for service, (call, params) in calls(url).items():
+        expect(codes[service], call, **params)
 
 # And too many requests, at last.
 hurried = client("ec2", url=THROTTLED)
