@@ -474,7 +474,7 @@ func (d *Driver) makeReady(ctx context.Context, order worker.Order, attempt *beg
 		bridge: d.env.BridgeID, id: order.Grant.ID, attempt: attempt.Number,
 		name: d.name(order.Grant.ID, attempt.Number), token: d.token(order.Grant.ID, attempt.Number),
 		host: attempt.Placement, params: string(attempt.Attempt.Params), shape: attempt.Shape, validTo: attempt.ValidTo,
-		hostKey: private, loginKey: attempt.LoginKey,
+		hostKey: private, loginKey: attempt.LoginKey, environment: order.Grant.Environment,
 	}
 	if d.has(BugArmsLate) {
 		r.validTo = time.Time{}

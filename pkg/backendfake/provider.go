@@ -10,6 +10,7 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
+	"github.com/compute-bridge/compute-bridge/pkg/sshtest"
 )
 
 // Host is a place with room for instances.
@@ -92,6 +93,8 @@ type request struct {
 	validTo  time.Time
 	hostKey  redact.Secret
 	loginKey string
+	// environment is what logins get. Params tell it apart from others.
+	environment map[string]string
 }
 
 // view is what a read of an instance returns.
@@ -115,7 +118,7 @@ type instance struct {
 	view
 	visibleAt time.Time
 	fixed     *backend.Usage
-	ssh       *sshServer
+	ssh       *sshtest.Server
 	boot      *time.Timer
 	deadline  *time.Timer
 	removal   *time.Timer
@@ -133,7 +136,7 @@ func NewProvider(options Options) *Provider {
 func (p *Provider) Close() {
 	p.mu.Lock()
 	p.closed = true
-	var servers []*sshServer
+	var servers []*sshtest.Server
 	for _, i := range p.instances {
 		i.stopTimers()
 		if i.ssh != nil {
@@ -146,7 +149,7 @@ func (p *Provider) Close() {
 	}
 	p.mu.Unlock()
 	for _, s := range servers {
-		s.close()
+		s.Close()
 	}
 	p.closing.Wait()
 }
@@ -291,7 +294,7 @@ func (p *Provider) end(i *instance, exit backend.Exit, console string) {
 		}
 	}
 	if i.ssh != nil {
-		p.closing.Go(i.ssh.close)
+		p.closing.Go(i.ssh.Close)
 		i.ssh = nil
 	}
 	i.notify()
@@ -400,11 +403,11 @@ func (p *Provider) make(r request) (*instance, error) {
 	i.instanceID = backend.InstanceID(fmt.Sprintf("i-%06d", p.next))
 	i.sshPort = uint16(20000 + p.next%20000)
 	if p.options.WithSSH {
-		server, err := startSSH(r)
+		server, port, err := startSSH(r)
 		if err != nil {
 			return nil, &APIError{Code: CodeUnavailable, Message: err.Error()}
 		}
-		i.ssh, i.sshPort = server, server.port()
+		i.ssh, i.sshPort = server, port
 	}
 	p.instances[r.name] = i
 	p.remember(r.id)

@@ -169,7 +169,7 @@ func withoutComment(line string) string {
 // own gives an envelope a new SSH key and returns its private half.
 func (e *env) own(envelope *backend.Envelope) redact.Secret {
 	e.Helper()
-	line, private := newLogin(e)
+	line, private := newKeyPair(e)
 	block, err := ssh.MarshalPrivateKey(private, "")
 	if err != nil {
 		e.Fatal(err)

@@ -410,8 +410,8 @@ func (w *watcher) err() error {
 	return receive(w.e, "the end of a watch", w.done)
 }
 
-// newLogin returns a key pair of a requester.
-func newLogin(t testing.TB) (line string, private ed25519.PrivateKey) {
+// newKeyPair returns a key pair of a requester.
+func newKeyPair(t testing.TB) (line string, private ed25519.PrivateKey) {
 	t.Helper()
 	public, private, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {

@@ -1,24 +1,18 @@
 package backendtest
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/crypto/ssh"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
@@ -55,7 +49,7 @@ type fake struct {
 	provider *backendfake.Provider
 	ledger   *ledger.Ledger
 	secret   redact.Secret
-	logs     *lockedBuffer
+	logs     *Log
 	broken   breakage
 	// lags is set if a read may show what was, so that a delete is repeated for as
 	// long as that takes.
@@ -85,26 +79,9 @@ func (c *fakeCrash) Reached() <-chan struct{} { return c.reached }
 func (c *fakeCrash) Release()                 { c.release() }
 func (c *fakeCrash) done()                    { c.once.Do(func() { close(c.reached) }) }
 
-// lockedBuffer collects logs.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) bytes() []byte {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return bytes.Clone(l.b.Bytes())
-}
-
 // The fake hosts: two grants fit on each.
 var (
+	fakeImage = backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: [32]byte{1}}, Kind: backend.ImageOCIArchive}
 	fakeShape = backend.Shape{CPU: 1000, RAM: 512, Storage: 4}
 	fakeHosts = []backendfake.Host{
 		{Name: "one", Region: "east", Capacity: fakeShape.Times(2).Add(backend.Shape{CPU: 10})},
@@ -122,7 +99,7 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 		if broken.provider != nil {
 			broken.provider(&options)
 		}
-		f := &fake{provider: backendfake.NewProvider(options), logs: &lockedBuffer{}, broken: broken, points: &ledgertest.Points{}, lags: options.VisibleAfter > 0}
+		f := &fake{provider: backendfake.NewProvider(options), logs: &Log{}, broken: broken, points: &ledgertest.Points{}, lags: options.VisibleAfter > 0}
 		t.Cleanup(f.provider.Close)
 		secret := make([]byte, 32)
 		_, _ = rand.Read(secret) // Never fails.
@@ -138,7 +115,7 @@ func openFake(options backendfake.Options, broken breakage) func(testing.TB) *Fi
 
 func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 	t.Helper()
-	line, _ := newLogin(t)
+	login := NewLogin(t)
 	opened, err := f.start(t)
 	if err != nil {
 		t.Fatal(err)
@@ -146,14 +123,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 	fixture := &Fixture{
 		Backend: opened,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
-			g := backend.Grant{
-				Image: backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: [32]byte{1}}, Kind: backend.ImageOCIArchive},
-				Shape: fakeShape, MinIsolation: backend.IsolationContainer, PostHash: [32]byte{2},
-				Environment: map[string]string{"NAME": "value"},
-				ValidTo:     time.Now().Add(time.Hour).UTC().Truncate(time.Microsecond), AlmanacSequence: 3,
-			}
-			_, _ = rand.Read(g.ID[:]) // Never fails.
-			return g, backend.Envelope{SSHPublicKey: line, PostHash: g.PostHash}
+			return NewGrant(fakeImage, fakeShape, login)
 		},
 		Capacity:     4,
 		ShortestLife: 500 * time.Millisecond,
@@ -220,7 +190,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 		},
 		Runs:      func(id backend.GrantID) bool { return f.provider.Running(id) > 0 },
 		OrphanAge: f.broken.orphanAge,
-		Logs:      f.logs.bytes,
+		Logs:      f.logs.Bytes,
 	}
 	fixture.Unsatisfiable = func() (backend.Grant, backend.Envelope) {
 		g, envelope := fixture.Satisfiable()
@@ -228,7 +198,7 @@ func (f *fake) fixture(t testing.TB, options backendfake.Options) *Fixture {
 		return g, envelope
 	}
 	if options.WithSSH {
-		fixture.Login = login
+		fixture.Login = LogIn
 	}
 	return fixture
 }
@@ -401,45 +371,6 @@ func (f *fake) kill() {
 	driver := f.driver
 	f.mu.Unlock()
 	driver.Kill()
-}
-
-// login logs in to an instance of the fake and runs a command.
-func login(ctx context.Context, r backend.Receipt, key redact.Secret) error {
-	hostKey, _, _, _, err := ssh.ParseAuthorizedKey([]byte(r.HostKey))
-	if err != nil {
-		return fmt.Errorf("host key: %w", err)
-	}
-	signer, err := ssh.ParsePrivateKey(key.Expose())
-	if err != nil {
-		return errors.New("the login key is no private key")
-	}
-	address := net.JoinHostPort(r.Host, strconv.Itoa(int(r.Port)))
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
-	if err != nil {
-		return err
-	}
-	defer func() { _ = conn.Close() }()
-	c, channels, requests, err := ssh.NewClientConn(conn, address, &ssh.ClientConfig{
-		User: r.User, Auth: []ssh.AuthMethod{ssh.PublicKeys(signer)},
-		HostKeyCallback: ssh.FixedHostKey(hostKey), HostKeyAlgorithms: []string{hostKey.Type()},
-	})
-	if err != nil {
-		return err
-	}
-	client := ssh.NewClient(c, channels, requests)
-	defer func() { _ = client.Close() }()
-	session, err := client.NewSession()
-	if err != nil {
-		return err
-	}
-	out, err := session.Output("echo hello there")
-	if err != nil && !errors.Is(err, io.EOF) {
-		return err
-	}
-	if got := strings.TrimSpace(string(out)); got != "hello there" {
-		return fmt.Errorf("echo printed %q", got)
-	}
-	return nil
 }
 
 // plain is a provider that takes a little time for everything.

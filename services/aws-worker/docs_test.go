@@ -2,12 +2,10 @@ package main
 
 import (
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/compute-bridge/compute-bridge/pkg/config"
-	"github.com/compute-bridge/compute-bridge/pkg/worker"
+	"github.com/compute-bridge/compute-bridge/pkg/worker/workertest"
 	"github.com/compute-bridge/compute-bridge/services/aws-worker/internal/ec2backend"
 )
 
@@ -31,26 +29,11 @@ func TestTheDocumentedConfigurationIsValid(t *testing.T) {
 	if !ok {
 		t.Fatalf("the second block doesn't begin with [backend]: %s", blocks[1])
 	}
-	certificate, key := selfSigned(t)
 	for name, c := range map[string]struct{ text, deadline string }{
 		"guest":    {blocks[0], "guest"},
 		"platform": {strings.Replace(blocks[0], "[backend]\n", "[backend]\n"+deadline+"\n", 1), "platform"},
 	} {
-		dir := t.TempDir()
-		if err := os.Mkdir(filepath.Join(dir, "tls"), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		for file, data := range map[string][]byte{
-			"worker.toml": []byte(c.text), "guest": []byte("a guest"), "tls/cert.pem": certificate, "tls/key.pem": key, "tls/ca.pem": certificate,
-		} {
-			if err := os.WriteFile(filepath.Join(dir, file), data, 0o600); err != nil {
-				t.Fatal(err)
-			}
-		}
-		loaded, err := config.Load[worker.Config[ec2backend.Config]](filepath.Join(dir, "worker.toml"))
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
-		}
+		loaded := workertest.LoadConfig[ec2backend.Config](t, []byte(c.text), nil)
 		if loaded.Backend.Deadline != c.deadline {
 			t.Errorf("%s: the deadline is the %s's", name, loaded.Backend.Deadline)
 		}

@@ -1,23 +1,13 @@
 package main
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
-	"math/big"
 	"os"
-	"path/filepath"
 	"reflect"
 	"testing"
-	"time"
 
 	"github.com/pelletier/go-toml/v2"
 
-	"github.com/compute-bridge/compute-bridge/pkg/config"
-	"github.com/compute-bridge/compute-bridge/pkg/worker"
+	"github.com/compute-bridge/compute-bridge/pkg/worker/workertest"
 	"github.com/compute-bridge/compute-bridge/services/aws-worker/internal/ec2backend"
 )
 
@@ -29,28 +19,7 @@ func TestExampleIsValid(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dir := t.TempDir()
-	write := func(name string, data []byte) {
-		t.Helper()
-		path := filepath.Join(dir, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, data, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	certificate, key := selfSigned(t)
-	write("worker.toml", example)
-	write("guest", []byte("a guest"))
-	write("tls/cert.pem", certificate)
-	write("tls/key.pem", key)
-	write("tls/ca.pem", certificate)
-
-	c, err := config.Load[worker.Config[ec2backend.Config]](filepath.Join(dir, "worker.toml"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	c := workertest.LoadConfig[ec2backend.Config](t, example, nil)
 	b := c.Backend
 	if c.BridgeID != "example" || len(c.Listen) != 2 || len(c.Clients) != 2 || len(b.Regions) != 1 || b.Regions[0].Name != "eu-central-1" ||
 		b.Guest.AMD64.URL == "" || len(b.Prices) != 1 {
@@ -82,22 +51,4 @@ func TestExampleShowsTheDefaults(t *testing.T) {
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("the example says\n%+v\nthe defaults are\n%+v", got, want)
 	}
-}
-
-func selfSigned(t *testing.T) (certificate, key []byte) {
-	t.Helper()
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "worker"}, NotAfter: time.Now().Add(time.Hour)}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8})
 }

@@ -164,7 +164,7 @@ func newBridge(t testing.TB, g *ground) *bridge {
 	t.Helper()
 	b := &bridge{
 		Site:   &site.Site{Lab: g.site.Lab, Bin: g.site.Bin, Dir: t.TempDir(), IP: g.site.IP},
-		ground: g, login: suite.NewLogin(t),
+		ground: g, login: backendtest.NewLogin(t),
 	}
 	b.hosts = &hostfixture.Site{BridgeID: bridgeID, Hosts: g.hosts, Patience: patience, Usable: b.usable}
 	for _, shared := range []string{"certs", "images"} {
@@ -325,16 +325,7 @@ func (b *bridge) end(t testing.TB) {
 	}
 	own := []string{workerName + ".log", workerName + "/worker.toml", workerName + "/worker.secret", workerName + "/ledger.db"}
 	known := append(own, "certs", "images", "router.log", "router/router.toml", "router/router.db")
-	err := filepath.WalkDir(b.Dir, func(path string, d os.DirEntry, err error) error {
-		name, _ := filepath.Rel(b.Dir, path) // below it
-		if err == nil && !d.IsDir() && !slices.Contains(known, name) {
-			t.Errorf("the processes left the file %s", name)
-		}
-		return err
-	})
-	if err != nil {
-		t.Error(err)
-	}
+	suite.CheckFiles(t, b.Dir, known...)
 }
 
 // fixture starts the bridge.
@@ -352,7 +343,7 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 		Measures:      true,
 		Logs:          b.logs,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
-			return suite.NewGrant(b.ground.image, suiteShape, b.login)
+			return backendtest.NewGrant(b.ground.image, suiteShape, b.login)
 		},
 		OrphanAge:  b.ground.orphanAge,
 		CloseGrant: b.closeGrant,

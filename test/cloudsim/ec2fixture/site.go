@@ -223,7 +223,7 @@ func (s *Site) makeStore(t testing.TB) {
 // fixture must have NAME=value in their environment.
 func (s *Site) Fill(t testing.TB, f *backendtest.Fixture) {
 	t.Helper()
-	f.Login = logIn
+	f.Login = backendtest.LogIn
 	f.Leftovers = s.leftovers
 	f.History = s.history
 	f.Mutations = s.mutations

@@ -1,20 +1,12 @@
 package ec2fixture
 
 import (
-	"context"
-	"fmt"
-	"net"
-	"strconv"
-	"strings"
 	"sync"
-
-	"golang.org/x/crypto/ssh"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
-	"github.com/compute-bridge/compute-bridge/pkg/redact"
 )
 
 // record writes down the calls to the cloud and to the ledger, if that is
@@ -80,43 +72,3 @@ type crash struct {
 
 // Reached implements backendtest.Injection.
 func (c *crash) Reached() <-chan struct{} { return c.dead }
-
-// logIn logs in as a requester does and runs a command.
-func logIn(ctx context.Context, r backend.Receipt, key redact.Secret) error {
-	hostKey, _, _, _, err := ssh.ParseAuthorizedKey([]byte(r.HostKey))
-	if err != nil {
-		return fmt.Errorf("host key: %w", err)
-	}
-	signer, err := ssh.ParsePrivateKey(key.Expose())
-	if err != nil {
-		return fmt.Errorf("login key: %w", err)
-	}
-	address := net.JoinHostPort(r.Host, strconv.Itoa(int(r.Port)))
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	c, channels, requests, err := ssh.NewClientConn(conn, address, &ssh.ClientConfig{
-		User: r.User, Auth: []ssh.AuthMethod{ssh.PublicKeys(signer)}, HostKeyCallback: ssh.FixedHostKey(hostKey),
-		HostKeyAlgorithms: []string{hostKey.Type()},
-	})
-	if err != nil {
-		return err
-	}
-	client := ssh.NewClient(c, channels, requests)
-	defer client.Close() //nolint:errcheck // all was read
-	session, err := client.NewSession()
-	if err != nil {
-		return err
-	}
-	out, err := session.Output("echo $NAME")
-	if err != nil {
-		return err
-	}
-	if got := strings.TrimSpace(string(out)); got != "value" {
-		return fmt.Errorf("the workload's environment has NAME=%q", got)
-	}
-	return nil
-}

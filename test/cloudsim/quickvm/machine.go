@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/compute-bridge/compute-bridge/pkg/redact"
+	"github.com/compute-bridge/compute-bridge/pkg/sshtest"
 	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim"
 )
@@ -155,7 +157,7 @@ func (m *Machine) life(ctx context.Context) (again bool) {
 	served := make(chan struct{})
 	bootContext, giveUp := context.WithCancel(ctx)
 	defer giveUp()
-	var server *sshServer
+	var server *sshtest.Server
 	go func() {
 		defer close(served)
 		server, err = m.start(bootContext, told)
@@ -165,7 +167,7 @@ func (m *Machine) life(ctx context.Context) (again bool) {
 		giveUp()
 		<-served
 		if server != nil {
-			server.close()
+			server.Close()
 		}
 	}
 	select {
@@ -202,7 +204,7 @@ func (m *Machine) life(ctx context.Context) (again bool) {
 		if e.signal == "" {
 			verdict.Code = &e.code
 		}
-		server.close()
+		server.Close()
 		m.print(verdict.Line())
 		return m.over(ctx, told.machine.AtEnd, due)
 	}
@@ -257,8 +259,11 @@ type failureError struct {
 // Error implements error.
 func (f *failureError) Error() string { return f.reason + ": " + f.message }
 
+// root is who may log in beside the configured user.
+const root = "root"
+
 // start does what the guest does until it is ready.
-func (m *Machine) start(ctx context.Context, told instructions) (*sshServer, error) {
+func (m *Machine) start(ctx context.Context, told instructions) (*sshtest.Server, error) {
 	if err := m.prepare(ctx, told); err != nil {
 		return nil, err
 	}
@@ -270,15 +275,19 @@ func (m *Machine) start(ctx context.Context, told instructions) (*sshServer, err
 		<-ctx.Done()
 		return nil, ctx.Err()
 	}
-	server, err := newSSHServer(told.machine.Guest)
+	guest := told.machine.Guest
+	server, err := sshtest.New(sshtest.Config{
+		HostKey: redact.New([]byte(guest.HostKey.Reveal())), AuthorizedKeys: guest.AuthorizedKeys,
+		Users: []string{guest.User, root}, Environment: guest.Environment,
+	})
 	if err != nil {
 		return nil, &failureError{guestapi.ReasonHostUnfit, err.Error()}
 	}
-	endpoint := net.JoinHostPort(m.addr.String(), strconv.Itoa(int(told.machine.Guest.ListenPort)))
+	endpoint := net.JoinHostPort(m.addr.String(), strconv.Itoa(int(guest.ListenPort)))
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", endpoint)
 	if err != nil {
 		return nil, &failureError{guestapi.ReasonHostUnfit, err.Error()}
 	}
-	server.serve(listener)
+	server.Serve(listener)
 	return server, nil
 }

@@ -5,10 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -121,7 +119,7 @@ func (g *ground) newBridge(t testing.TB) *bridge {
 	g.mu.Unlock()
 	b := &bridge{
 		Site:   &site.Site{Lab: g.site.Lab, Bin: g.site.Bin, Dir: t.TempDir(), IP: ip},
-		ground: g, login: suite.NewLogin(t),
+		ground: g, login: backendtest.NewLogin(t),
 	}
 	b.worker = b.Worker(workerName, 0)
 	var points *ledgertest.Points
@@ -250,16 +248,7 @@ func (b *bridge) end(t testing.TB) {
 		t.Logf("the process's log:\n%s", b.logs())
 	}
 	known := []string{"certs", workerName + ".log", workerName + "/worker.toml", workerName + "/worker.secret", workerName + "/ledger.db", workerName + "/credentials"}
-	err := filepath.WalkDir(b.Dir, func(path string, d fs.DirEntry, err error) error {
-		name, _ := filepath.Rel(b.Dir, path) // below it
-		if err == nil && !d.IsDir() && !slices.Contains(known, name) {
-			t.Errorf("the process left the file %s", name)
-		}
-		return err
-	})
-	if err != nil {
-		t.Error(err)
-	}
+	suite.CheckFiles(t, b.Dir, known...)
 }
 
 // fixture starts the bridge.
@@ -278,7 +267,7 @@ func (b *bridge) fixture(t testing.TB) *backendtest.Fixture {
 		OrphanAge:     b.ground.orphanAge,
 		Logs:          b.logs,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
-			return suite.NewGrant(b.cloud.Image, suiteShape, b.login)
+			return backendtest.NewGrant(b.cloud.Image, suiteShape, b.login)
 		},
 		CloseGrant: b.closeGrant,
 		Kill: func() {

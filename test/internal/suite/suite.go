@@ -1,20 +1,19 @@
 // Package suite is what the conformance tests of built programs share: those whom
-// the suite plays, each with a certificate, and the waiting for processes.
+// the suite plays, each with a certificate, the waiting for processes, and the look
+// at what they left.
 package suite
 
 import (
 	"context"
-	"crypto/ed25519"
-	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
 	"path/filepath"
-	"strings"
+	"slices"
 	"testing"
 	"time"
 
-	"golang.org/x/crypto/ssh"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 
@@ -113,31 +112,21 @@ func (c Callers) Terminate(ctx context.Context, h backend.Handle) (backend.Termi
 	return c.by(ctx).Terminate(ctx, h)
 }
 
-// NewLogin returns a requester's public key.
-func NewLogin(t testing.TB) string {
+// CheckFiles compares the files below dir with those that a site has by design,
+// by their names from there. Whatever else there is was left
+// behind.
+func CheckFiles(t testing.TB, dir string, known ...string) {
 	t.Helper()
-	public, _, err := ed25519.GenerateKey(rand.Reader)
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		name, _ := filepath.Rel(dir, path) // below it
+		if err == nil && !d.IsDir() && !slices.Contains(known, name) {
+			t.Errorf("the processes left the file %s", name)
+		}
+		return err
+	})
 	if err != nil {
-		t.Fatal(err)
+		t.Error(err)
 	}
-	key, err := ssh.NewPublicKey(public)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
-}
-
-// NewGrant returns a new grant for an image, and its envelope with the
-// requester's key. It has NAME=value in its environment.
-func NewGrant(image backend.Image, shape backend.Shape, login string) (backend.Grant, backend.Envelope) {
-	g := backend.Grant{
-		Image: image, PostHash: image.Digest.Sum, Shape: shape, MinIsolation: backend.IsolationContainer,
-		Network:     backend.NetworkPolicy{Mode: backend.NetworkOpen},
-		Environment: map[string]string{"NAME": "value"}, AlmanacSequence: 3,
-		ValidTo: time.Now().Add(time.Hour).Truncate(time.Microsecond).UTC(),
-	}
-	_, _ = rand.Read(g.ID[:]) // Never fails.
-	return g, backend.Envelope{PostHash: g.PostHash, SSHPublicKey: login}
 }
 
 // Serve starts a process and waits until it takes calls, which programs do last.

@@ -9,7 +9,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"net"
 	"os/exec"
 	"regexp"
 	"slices"
@@ -19,11 +18,8 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/crypto/ssh"
-
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
-	"github.com/compute-bridge/compute-bridge/pkg/redact"
 	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
 	"github.com/compute-bridge/compute-bridge/test/lab"
 )
@@ -56,7 +52,7 @@ const reconnects = 45 * time.Second
 // NAME=value in their environment.
 func (s *Site) Fill(t testing.TB, f *backendtest.Fixture) {
 	t.Helper()
-	f.Login = logIn
+	f.Login = backendtest.LogIn
 	f.Reconnects = reconnects
 	f.Leftovers = s.leftovers
 	f.Runs = func(id backend.GrantID) bool {
@@ -289,46 +285,6 @@ func (s *Site) history(t testing.TB, id backend.GrantID) backendtest.History {
 		out.AtOnce = max(out.AtOnce, len(running))
 	}
 	return out
-}
-
-// logIn logs in as a requester does and runs a command.
-func logIn(ctx context.Context, r backend.Receipt, key redact.Secret) error {
-	hostKey, _, _, _, err := ssh.ParseAuthorizedKey([]byte(r.HostKey))
-	if err != nil {
-		return fmt.Errorf("host key: %w", err)
-	}
-	signer, err := ssh.ParsePrivateKey(key.Expose())
-	if err != nil {
-		return fmt.Errorf("login key: %w", err)
-	}
-	address := net.JoinHostPort(r.Host, strconv.Itoa(int(r.Port)))
-	conn, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	defer context.AfterFunc(ctx, func() { _ = conn.Close() })()
-	c, channels, requests, err := ssh.NewClientConn(conn, address, &ssh.ClientConfig{
-		User: r.User, Auth: []ssh.AuthMethod{ssh.PublicKeys(signer)}, HostKeyCallback: ssh.FixedHostKey(hostKey),
-		HostKeyAlgorithms: []string{hostKey.Type()},
-	})
-	if err != nil {
-		return err
-	}
-	client := ssh.NewClient(c, channels, requests)
-	defer client.Close() //nolint:errcheck // all was read
-	session, err := client.NewSession()
-	if err != nil {
-		return err
-	}
-	out, err := session.Output("echo $NAME")
-	if err != nil {
-		return err
-	}
-	if got := strings.TrimSpace(string(out)); got != "value" {
-		return fmt.Errorf("the workload's environment has NAME=%q", got)
-	}
-	return nil
 }
 
 // CheckNothingIsLeft searches the hosts thoroughly, for anything but images that

@@ -1,21 +1,17 @@
 package ec2backend
 
 import (
-	"bytes"
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"golang.org/x/crypto/ssh"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
@@ -112,7 +108,7 @@ type suiteSite struct {
 	secret    redact.Secret
 	login     string
 	orphanAge time.Duration
-	logs      lockedBuffer
+	logs      backendtest.Log
 
 	mu      sync.Mutex // protects what follows
 	life    *ledgertest.Ledger
@@ -122,32 +118,13 @@ type suiteSite struct {
 	dead    bool
 }
 
-// lockedBuffer collects logs.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-// Write implements io.Writer.
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) bytes() []byte {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return bytes.Clone(l.b.Bytes())
-}
-
 // openSuiteSite has a ledger and a cloud of its own, so that each case's worker
 // is new.
 func openSuiteSite(t testing.TB, orphanAge time.Duration, options ...func(*ec2fixture.Options)) *suiteSite {
 	t.Helper()
 	secret := make([]byte, 32)
 	_, _ = rand.Read(secret) // Never fails.
-	s := &suiteSite{secret: redact.New(secret), points: new(ledgertest.Points), orphanAge: orphanAge, login: newSuiteLogin(t)}
+	s := &suiteSite{secret: redact.New(secret), points: new(ledgertest.Points), orphanAge: orphanAge, login: backendtest.NewLogin(t)}
 	o := ec2fixture.Options{BridgeID: "test", Backend: "aws", Region: suiteRegion, Speed: suiteSpeed, Kill: s.kill, Ledger: s.points}
 	for _, change := range options {
 		change(&o)
@@ -159,7 +136,7 @@ func openSuiteSite(t testing.TB, orphanAge time.Duration, options ...func(*ec2fi
 		s.stop(t)
 		s.cloud.CheckNothingIsLeft(t)
 		if t.Failed() {
-			t.Logf("the worker's log:\n%s", s.logs.bytes())
+			t.Logf("the worker's log:\n%s", s.logs.Bytes())
 		}
 	})
 	return s
@@ -196,20 +173,6 @@ func suiteConfig(t testing.TB, cloud *ec2fixture.Site) Config {
 		t.Fatal(err)
 	}
 	return c
-}
-
-// newSuiteLogin returns a requester's public key.
-func newSuiteLogin(t testing.TB) string {
-	t.Helper()
-	public, _, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	key, err := ssh.NewPublicKey(public)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return strings.TrimSpace(string(ssh.MarshalAuthorizedKey(key)))
 }
 
 // start starts a worker, as a new process would.
@@ -291,16 +254,9 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 		Patience:      suitePatience,
 		UsageInterval: suiteUsageInterval,
 		OrphanAge:     s.orphanAge,
-		Logs:          s.logs.bytes,
+		Logs:          s.logs.Bytes,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
-			g := backend.Grant{
-				Image: s.cloud.Image, PostHash: s.cloud.Image.Digest.Sum, Shape: suiteShape, MinIsolation: backend.IsolationContainer,
-				Network:     backend.NetworkPolicy{Mode: backend.NetworkOpen},
-				Environment: map[string]string{"NAME": "value"}, AlmanacSequence: 3,
-				ValidTo: time.Now().Add(time.Hour).Truncate(time.Microsecond).UTC(),
-			}
-			_, _ = rand.Read(g.ID[:]) // Never fails.
-			return g, backend.Envelope{PostHash: g.PostHash, SSHPublicKey: s.login}
+			return backendtest.NewGrant(s.cloud.Image, suiteShape, s.login)
 		},
 		Kill: s.kill,
 		CloseGrant: func(ctx context.Context, id backend.GrantID) error {

@@ -2,7 +2,6 @@ package ec2backend
 
 import (
 	"context"
-	"crypto/rand"
 	"slices"
 	"strings"
 	"sync"
@@ -11,6 +10,7 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2fixture"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
@@ -38,13 +38,9 @@ func asRequester(ctx context.Context) context.Context {
 
 // grant returns a new grant that the site's worker takes.
 func (s *suiteSite) grant() (backend.Grant, backend.Envelope) {
-	g := backend.Grant{
-		Image: s.cloud.Image, PostHash: s.cloud.Image.Digest.Sum, Shape: suiteShape, MinIsolation: backend.IsolationVM,
-		Network: backend.NetworkPolicy{Mode: backend.NetworkOpen}, Environment: map[string]string{"NAME": "value"},
-		ValidTo: time.Now().Add(time.Hour).Truncate(time.Microsecond).UTC(),
-	}
-	_, _ = rand.Read(g.ID[:]) // never fails
-	return g, backend.Envelope{PostHash: g.PostHash, SSHPublicKey: s.login}
+	g, e := backendtest.NewGrant(s.cloud.Image, suiteShape, s.login)
+	g.MinIsolation = backend.IsolationVM
+	return g, e
 }
 
 // provision makes the instance of a new grant.

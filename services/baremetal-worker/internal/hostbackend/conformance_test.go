@@ -1,7 +1,6 @@
 package hostbackend
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -112,7 +111,7 @@ type suiteSite struct {
 	image  backend.Image
 	ledger *ledger.Ledger
 	secret redact.Secret
-	logs   lockedBuffer
+	logs   backendtest.Log
 
 	wires *hostfixture.Wires
 
@@ -122,25 +121,6 @@ type suiteSite struct {
 	driver  worker.Driver
 	give    context.CancelFunc // ends the opening of the driver
 	dead    bool
-}
-
-// lockedBuffer collects logs.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-// Write implements io.Writer.
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) bytes() []byte {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return bytes.Clone(l.b.Bytes())
 }
 
 // openSuiteSite has a ledger of its own, so that each case's worker is new.
@@ -176,7 +156,7 @@ func openSuiteSite(t testing.TB, hosts []*lab.Host, dir string, image archive) *
 	t.Cleanup(func() {
 		s.stop(t)
 		if t.Failed() {
-			t.Logf("the worker's log:\n%s", s.logs.bytes())
+			t.Logf("the worker's log:\n%s", s.logs.Bytes())
 		}
 	})
 	return s
@@ -258,7 +238,7 @@ func (s *suiteSite) fixture(t testing.TB) *backendtest.Fixture {
 		Patience:      suitePatience,
 		UsageInterval: suiteUsageInterval,
 		Measures:      true,
-		Logs:          s.logs.bytes,
+		Logs:          s.logs.Bytes,
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
 			g, envelope := grant(s.image, owner)
 			g.Shape, g.Environment, g.AlmanacSequence = suiteShape, map[string]string{"NAME": "value"}, 3

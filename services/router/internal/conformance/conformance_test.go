@@ -3,12 +3,8 @@
 package conformance_test
 
 import (
-	"bytes"
 	"context"
-	"crypto/ed25519"
 	"crypto/rand"
-	"encoding/base64"
-	"encoding/binary"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -74,7 +70,7 @@ type site struct {
 	provider *backendfake.Provider
 	secret   redact.Secret
 	ledgers  map[string]*ledger.Ledger
-	logs     *lockedBuffer
+	logs     *backendtest.Log
 
 	mu      sync.Mutex
 	runtime *worker.Runtime
@@ -92,33 +88,18 @@ func (never) Terminate(context.Context, backend.Handle) (backend.Termination, er
 	return backend.Termination{State: backend.StateTerminated}, nil
 }
 
-// lockedBuffer collects logs.
-type lockedBuffer struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *lockedBuffer) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *lockedBuffer) bytes() []byte {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return bytes.Clone(l.b.Bytes())
-}
-
 // usageInterval is how often the worker looks at usage.
 const usageInterval = 50 * time.Millisecond
 
-var siteShape = backend.Shape{CPU: 1000, RAM: 512, Storage: 4}
+var (
+	siteShape = backend.Shape{CPU: 1000, RAM: 512, Storage: 4}
+	siteImage = backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: [32]byte{1}}, Kind: backend.ImageOCIArchive}
+)
 
 func openSite(t testing.TB) *site {
 	t.Helper()
 	s := &site{
-		logs: &lockedBuffer{}, ledgers: map[string]*ledger.Ledger{},
+		logs: &backendtest.Log{}, ledgers: map[string]*ledger.Ledger{},
 		provider: backendfake.NewProvider(backendfake.Options{
 			BootTime: 3 * time.Millisecond, DeleteTime: 5 * time.Millisecond,
 			Hosts: []backendfake.Host{
@@ -193,17 +174,11 @@ func (s *site) stop() {
 
 func (s *site) fixture(t testing.TB) *backendtest.Fixture {
 	t.Helper()
-	line := newSSHKey(t)
+	login := backendtest.NewLogin(t)
 	fixture := &backendtest.Fixture{
 		Backend: s.start(t),
 		Satisfiable: func() (backend.Grant, backend.Envelope) {
-			g := backend.Grant{
-				Image: backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: [32]byte{1}}, Kind: backend.ImageOCIArchive},
-				Shape: siteShape, MinIsolation: backend.IsolationContainer, PostHash: [32]byte{2},
-				Environment: map[string]string{"NAME": "value"}, ValidTo: time.Now().Add(time.Hour).UTC().Truncate(time.Microsecond),
-			}
-			_, _ = rand.Read(g.ID[:]) // Never fails.
-			return g, backend.Envelope{SSHPublicKey: line, PostHash: g.PostHash}
+			return backendtest.NewGrant(siteImage, siteShape, login)
 		},
 		Capacity:     4,
 		ShortestLife: time.Second,
@@ -280,7 +255,7 @@ func (s *site) fixture(t testing.TB) *backendtest.Fixture {
 			return ledgertest.CloseGrant(ctx, s.ledgers["worker"], ledger.RequestID(id), backend.EndTerminated.String())
 		},
 		Runs: func(id backend.GrantID) bool { return s.provider.Running(id) > 0 },
-		Logs: s.logs.bytes,
+		Logs: s.logs.Bytes,
 	}
 	fixture.Unsatisfiable = func() (backend.Grant, backend.Envelope) {
 		g, envelope := fixture.Satisfiable()
@@ -296,20 +271,4 @@ var faults = map[backendtest.FaultKind]backendfake.Kind{
 	backendtest.FaultUnavailable: backendfake.Unavailable, backendtest.FaultSlow: backendfake.Slow,
 	backendtest.FaultLostAnswer: backendfake.LostAnswer, backendtest.FaultCrashBefore: backendfake.CrashBefore,
 	backendtest.FaultCrashAfter: backendfake.CrashAfter,
-}
-
-// newSSHKey returns a line for authorized_keys, without the SSH library, which
-// the router's module has no use for.
-func newSSHKey(t testing.TB) string {
-	t.Helper()
-	public, _, err := ed25519.GenerateKey(rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var blob []byte
-	for _, part := range [][]byte{[]byte("ssh-ed25519"), public} {
-		blob = binary.BigEndian.AppendUint32(blob, uint32(len(part)))
-		blob = append(blob, part...)
-	}
-	return "ssh-ed25519 " + base64.StdEncoding.EncodeToString(blob)
 }

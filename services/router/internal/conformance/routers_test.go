@@ -17,6 +17,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/backendfake"
+	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/pkg/redact"
@@ -206,12 +207,11 @@ func TestTwoRoutersOverTwoWorkersNeverMakeASecondInstance(t *testing.T) {
 		routers = append(routers, router)
 	}
 
-	line := newSSHKey(t)
+	line := backendtest.NewLogin(t)
 	ctx := backend.WithCaller(t.Context(), backend.Caller{Identity: "alice", Role: backend.RoleClient})
 	grantOf := func(n int) (backend.Grant, backend.Envelope) {
 		g := backend.Grant{
-			Image: backend.Image{Digest: backend.Digest{Algorithm: backend.SHA256, Sum: [32]byte{1}}, Kind: backend.ImageOCIArchive},
-			Shape: siteShape, MinIsolation: backend.IsolationContainer, PostHash: [32]byte{2}, ValidTo: time.Now().Add(time.Hour).Truncate(time.Hour).Add(time.Hour),
+			Image: siteImage, Shape: siteShape, MinIsolation: backend.IsolationContainer, PostHash: [32]byte{2}, ValidTo: time.Now().Add(time.Hour).Truncate(time.Hour).Add(time.Hour),
 		}
 		binary.BigEndian.PutUint64(g.ID[:], uint64(n)+1)
 		return g, backend.Envelope{SSHPublicKey: line, PostHash: g.PostHash}

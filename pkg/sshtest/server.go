@@ -1,4 +1,6 @@
-package quickvm
+// Package sshtest is an SSH server in the test's own process, for fakes and
+// simulators whose instances people log in to.
+package sshtest
 
 import (
 	"bytes"
@@ -15,30 +17,37 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
+	"github.com/compute-bridge/compute-bridge/pkg/redact"
 )
 
-// root is who may log in beside the configured user.
-const root = "root"
+// Config says who a server is and who may log in.
+type Config struct {
+	// HostKey is the private key, in OpenSSH's format.
+	HostKey redact.Secret
+	// AuthorizedKeys are lines as in authorized_keys, Users the names with which
+	// they log in.
+	AuthorizedKeys, Users []string
+	// Environment is that of all commands.
+	Environment map[string]string
+}
 
-// sshServer is the SSH server of one life of a machine. Its commands run in
-// process: "echo WORDS" prints the words, with the environment's values for
-// $NAME; "env" prints the environment; "cat" copies standard input; "exit N" has
-// exit status N.
-type sshServer struct {
-	listener    net.Listener
+// Server runs a few commands in process: "echo WORDS" prints the words, with the
+// environment's values for $NAME; "env" prints the environment; "cat" copies
+// standard input; "exit N" has exit status N. All others aren't found.
+type Server struct {
 	config      *ssh.ServerConfig
 	environment map[string]string
+	listener    net.Listener
 	running     sync.WaitGroup
 
-	mu     sync.Mutex
+	mu     sync.Mutex // protects what follows
 	closed bool
 	conns  map[net.Conn]struct{}
 }
 
-// newSSHServer returns a server that doesn't listen yet.
-func newSSHServer(c guestapi.Config) (*sshServer, error) {
-	hostKey, err := ssh.ParsePrivateKey([]byte(c.HostKey.Reveal()))
+// New returns a server that doesn't listen yet. Its errors don't contain keys.
+func New(c Config) (*Server, error) {
+	hostKey, err := ssh.ParsePrivateKey(c.HostKey.Expose())
 	if err != nil {
 		return nil, errors.New("the host key is no private key") // The cause may hold parts of the key.
 	}
@@ -50,10 +59,11 @@ func newSSHServer(c guestapi.Config) (*sshServer, error) {
 		}
 		logins = append(logins, login)
 	}
-	s := &sshServer{environment: maps.Clone(c.Environment), conns: map[net.Conn]struct{}{}}
+	users := slices.Clone(c.Users)
+	s := &Server{environment: maps.Clone(c.Environment), conns: map[net.Conn]struct{}{}}
 	s.config = &ssh.ServerConfig{PublicKeyCallback: func(meta ssh.ConnMetadata, key ssh.PublicKey) (*ssh.Permissions, error) {
 		known := slices.ContainsFunc(logins, func(l ssh.PublicKey) bool { return bytes.Equal(key.Marshal(), l.Marshal()) })
-		if !known || meta.User() != c.User && meta.User() != root {
+		if !known || !slices.Contains(users, meta.User()) {
 			return nil, errors.New("not a login key")
 		}
 		return &ssh.Permissions{}, nil
@@ -62,14 +72,16 @@ func newSSHServer(c guestapi.Config) (*sshServer, error) {
 	return s, nil
 }
 
-// serve takes connections until close.
-func (s *sshServer) serve(listener net.Listener) {
+// Serve takes connections, which it does until [Server.Close]. It returns at
+// once. The listener is the server's from then on.
+func (s *Server) Serve(listener net.Listener) {
 	s.listener = listener
 	s.running.Go(s.accept)
 }
 
-// close ends all connections and waits until nothing of the server runs.
-func (s *sshServer) close() {
+// Close ends all connections of a server that serves, and waits until nothing of
+// it runs.
+func (s *Server) Close() {
 	_ = s.listener.Close()
 	s.mu.Lock()
 	s.closed = true
@@ -80,7 +92,7 @@ func (s *sshServer) close() {
 	s.running.Wait()
 }
 
-func (s *sshServer) accept() {
+func (s *Server) accept() {
 	for {
 		conn, err := s.listener.Accept()
 		if err != nil {
@@ -98,7 +110,7 @@ func (s *sshServer) accept() {
 	}
 }
 
-func (s *sshServer) handle(conn net.Conn) {
+func (s *Server) handle(conn net.Conn) {
 	defer func() {
 		_ = conn.Close()
 		s.mu.Lock()
@@ -125,8 +137,8 @@ func (s *sshServer) handle(conn net.Conn) {
 	}
 }
 
-func (s *sshServer) session(channel ssh.Channel, requests <-chan *ssh.Request) {
-	defer channel.Close()
+func (s *Server) session(channel ssh.Channel, requests <-chan *ssh.Request) {
+	defer func() { _ = channel.Close() }()
 	for r := range requests {
 		var exec struct{ Command string }
 		if r.Type != "exec" || ssh.Unmarshal(r.Payload, &exec) != nil {
@@ -143,14 +155,14 @@ func (s *sshServer) session(channel ssh.Channel, requests <-chan *ssh.Request) {
 // notFound is a shell's exit status for a command that there is not.
 const notFound = 127
 
-func (s *sshServer) exec(channel ssh.Channel, command string) (status uint32) {
+func (s *Server) exec(channel ssh.Channel, command string) (status uint32) {
 	word, rest, _ := strings.Cut(command, " ")
 	switch word {
 	case "echo":
-		fmt.Fprintln(channel, os.Expand(rest, func(name string) string { return s.environment[name] }))
+		_, _ = fmt.Fprintln(channel, os.Expand(rest, func(name string) string { return s.environment[name] }))
 	case "env":
 		for _, name := range slices.Sorted(maps.Keys(s.environment)) {
-			fmt.Fprintf(channel, "%s=%s\n", name, s.environment[name])
+			_, _ = fmt.Fprintf(channel, "%s=%s\n", name, s.environment[name])
 		}
 	case "cat":
 		if _, err := io.Copy(channel, channel); err != nil {
@@ -163,7 +175,7 @@ func (s *sshServer) exec(channel ssh.Channel, command string) (status uint32) {
 		}
 		return uint32(n)
 	default:
-		fmt.Fprintln(channel.Stderr(), "command not found")
+		_, _ = fmt.Fprintln(channel.Stderr(), "command not found")
 		return notFound
 	}
 	return 0
