@@ -113,8 +113,10 @@ func TestDeadlineEndsAnInstance(t *testing.T) {
 func checkUsage(t *testing.T, log backend.ComputeLog) {
 	t.Helper()
 	u := log.Usage
+	// Whole seconds count, so that what ended at once has none.
+	allocated := int64(log.Shape.CPU) * int64(log.EndedAt.Sub(log.StartedAt)/time.Second)
 	if log.Partial || u.CPU == nil || u.CPU.Value <= 0 || u.CPU.Source != backend.UsageHostMeasured || u.NetworkReceived == nil || u.NetworkReceived.Value <= 0 ||
-		u.NetworkSent == nil || u.CPUAllocated == nil || u.CPUAllocated.Value <= 0 {
+		u.NetworkSent == nil || u.CPUAllocated == nil || u.CPUAllocated.Value != allocated {
 		t.Errorf("usage of %+v is not complete: CPU %+v, received %+v, sent %+v, allocated %+v", log, u.CPU, u.NetworkReceived, u.NetworkSent, u.CPUAllocated)
 	}
 }
