@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -172,31 +171,81 @@ func TestAGrantBecomesAnInstanceOfEC2(t *testing.T) {
 }
 
 // What the instance finds out is what the requester is told, with the end of its
-// console.
+// console. What the worker sees before that launches none.
 func TestLongAnInstanceThatCannotRunItsImageSaysWhy(t *testing.T) {
 	t.Parallel()
 	a := newAWSBridge(t)
 	for _, tc := range []struct {
 		name, digest string
 		content      string // what is at the digest's place; "" for nothing
+		vanishes     bool   // between the worker's look and the launch
 		want         string
+		message      string // the guest's own; "" for no instance
 	}{
-		{"another digest", strings.Repeat("2", 64), "something else", "IMAGE_HASH_MISMATCH"},
-		{"no image", strings.Repeat("1", 64), "", "IMAGE_UNAVAILABLE"},
+		{"another digest", strings.Repeat("2", 64), "something else", false, "IMAGE_HASH_MISMATCH", "the image has sha256 "},
+		{"a missing image", strings.Repeat("1", 64), "", false, "IMAGE_UNAVAILABLE", ""},
+		{"a vanishing image", strings.Repeat("3", 64), "soon gone", true, "IMAGE_UNAVAILABLE", "the store answers 404 Not Found"},
 	} {
+		file := a.Path("images", "sha256", tc.digest)
 		if tc.content != "" {
-			a.write(a.Path("images", "sha256", tc.digest), tc.content)
+			a.write(file, tc.content)
 		}
+		if tc.vanishes {
+			a.cloud.Intercept(func(r ec2sim.Request) ec2sim.Intervention {
+				if r.Action != "RunInstances" || r.DryRun {
+					return ec2sim.Intervention{}
+				}
+				return ec2sim.Intervention{Before: func(context.Context) error { return os.RemoveAll(file) }}
+			})
+		}
+		before := len(a.cloud.History())
 		args := append([]string{"provision", "--image-digest", "sha256:" + tc.digest, "--cpu", "500m", "--ram", "128Mi", "--disk", "1Gi"}, own()...)
 		r := a.bridgectl(market, args...)
-		if r.code == 0 || !strings.Contains(r.stderr, tc.want) {
-			t.Errorf("%s: want %s, got %s", tc.name, tc.want, r.all())
+		a.cloud.Intercept(nil)
+		if r.code == 0 || !strings.Contains(r.stderr, tc.want) || !strings.Contains(r.stderr, tc.message) {
+			t.Errorf("%s: want %s and %q, got %s", tc.name, tc.want, tc.message, r.all())
 		}
-		if tc.content != "" && !regexp.MustCompile(`compute-bridge|Power|systemd`).MatchString(r.stderr) {
-			t.Errorf("%s: the end of the console isn't told: %s", tc.name, r.all())
+		launches := 0
+		if tc.message != "" {
+			launches = 1
+		}
+		launched := a.cloud.History()[before:]
+		if len(launched) != launches {
+			t.Errorf("%s: %d instances were launched, want %d", tc.name, len(launched), launches)
+		}
+		for _, i := range launched {
+			a.tellsConsole(r, i.ID)
+		}
+		// The answer says that nothing is left, so it is gone by then.
+		if err := nothing(a.left()); err != nil {
+			t.Errorf("%s: left in the cloud: %v", tc.name, err)
 		}
 	}
-	a.soon("the instances are gone", func() error { return nothing(a.left()) })
+}
+
+// tellsConsole fails the test unless a failure was told with lines of an instance's
+// console.
+func (a *awsBridge) tellsConsole(r result, instance string) {
+	a.t.Helper()
+	m := a.cloud.Machine(instance)
+	if m == nil {
+		a.t.Fatalf("instance %s has no machine", instance)
+	}
+	_, block, _ := strings.Cut(r.stderr, "console:\n")
+	told := 0
+	for line := range strings.Lines(block) {
+		line, ok := strings.CutPrefix(strings.TrimSpace(line), "|")
+		if !ok {
+			break
+		}
+		if !bytes.Contains(m.Console(), []byte(strings.TrimSpace(line))) {
+			a.t.Errorf("%s never had this on its console: %q", instance, line)
+		}
+		told++
+	}
+	if told < 3 {
+		a.t.Errorf("%d lines of the console of %s are told: %s", told, instance, r.all())
+	}
 }
 
 // nothing is an error if there is something.
