@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +16,8 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws"
 	"github.com/aws/aws-sdk-go-v2/service/ec2"
 	"github.com/aws/aws-sdk-go-v2/service/ec2/types"
+	"github.com/aws/aws-sdk-go-v2/service/scheduler"
+	schedulertypes "github.com/aws/aws-sdk-go-v2/service/scheduler/types"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
@@ -160,7 +163,7 @@ func (p *site) tags(ctx context.Context, f *first) error {
 }
 
 // parts looks at what the instance consists of.
-func (p *site) parts(_ context.Context, f *first) error {
+func (p *site) parts(ctx context.Context, f *first) error {
 	if len(f.seen.instances) != 1 || len(f.seen.volumes) != 1 {
 		return errors.New("the instance was not found by its tags")
 	}
@@ -169,8 +172,10 @@ func (p *site) parts(_ context.Context, f *first) error {
 	if !aws.ToBool(v.Encrypted) {
 		problems = append(problems, fmt.Errorf("volume %s is not encrypted", aws.ToString(v.VolumeId)))
 	}
-	if size := int64(aws.ToInt32(v.Size)); size < int64(shape.Storage) {
-		problems = append(problems, fmt.Errorf("volume %s has %d GiB", aws.ToString(v.VolumeId), size))
+	if want, err := p.diskGiB(ctx, aws.ToString(i.ImageId)); err != nil {
+		problems = append(problems, err)
+	} else if size := int64(aws.ToInt32(v.Size)); size != want {
+		problems = append(problems, fmt.Errorf("volume %s has %d GiB, want %d", aws.ToString(v.VolumeId), size, want))
 	}
 	if len(i.BlockDeviceMappings) != 1 || len(i.NetworkInterfaces) != 1 {
 		return errors.Join(append(problems, fmt.Errorf("%d volumes and %d interfaces are attached", len(i.BlockDeviceMappings), len(i.NetworkInterfaces)))...)
@@ -182,6 +187,23 @@ func (p *site) parts(_ context.Context, f *first) error {
 		problems = append(problems, errors.New("the interface would outlive the instance"))
 	}
 	return errors.Join(problems...)
+}
+
+// diskGiB is how large the root volume of an instance is to be, as docs/aws.md has
+// it: a volume can't be smaller than the snapshot that it is made from.
+func (p *site) diskGiB(ctx context.Context, image string) (int64, error) {
+	answer, err := p.ec2.DescribeImages(ctx, &ec2.DescribeImagesInput{ImageIds: []string{image}})
+	if err != nil {
+		return 0, err
+	}
+	for _, i := range answer.Images {
+		for _, m := range i.BlockDeviceMappings {
+			if m.Ebs != nil && aws.ToString(m.DeviceName) == aws.ToString(i.RootDeviceName) {
+				return max(int64(shape.Storage)+p.config.ExtraDiskGiB, int64(aws.ToInt32(m.Ebs.VolumeSize))), nil
+			}
+		}
+	}
+	return 0, fmt.Errorf("AWS doesn't tell the root volume of image %q", image)
 }
 
 // metadata looks at the options, and tries from within the workload.
@@ -228,6 +250,7 @@ func (p *site) provisionAgain(ctx context.Context, f *first) error {
 	return nil
 }
 
+// schedule reads what AWS will do at the deadline.
 func (p *site) schedule(ctx context.Context, f *first) error {
 	seen, err := p.look(ctx, &f.grant.ID)
 	if err != nil {
@@ -236,7 +259,37 @@ func (p *site) schedule(ctx context.Context, f *first) error {
 	if len(seen.schedules) != 1 {
 		return fmt.Errorf("%d schedules", len(seen.schedules))
 	}
-	return nil
+	s, err := p.scheduler.GetSchedule(ctx, &scheduler.GetScheduleInput{Name: aws.String(seen.schedules[0]), GroupName: aws.String(p.config.ScheduleGroup)})
+	if err != nil {
+		return err
+	}
+	var problems []error
+	compare := func(what, have, want string) {
+		if have != want {
+			problems = append(problems, fmt.Errorf("%s is %q, want %q", what, have, want))
+		}
+	}
+	compare("the expression", aws.ToString(s.ScheduleExpression), f.grant.ValidTo.UTC().Format("at(2006-01-02T15:04:05)"))
+	compare("the time zone", aws.ToString(s.ScheduleExpressionTimezone), "UTC")
+	compare("the state", string(s.State), string(schedulertypes.ScheduleStateEnabled))
+	compare("what follows", string(s.ActionAfterCompletion), string(schedulertypes.ActionAfterCompletionDelete))
+	if w := s.FlexibleTimeWindow; w == nil || w.Mode != schedulertypes.FlexibleTimeWindowModeOff {
+		problems = append(problems, errors.New("it may be late"))
+	}
+	if s.Target == nil {
+		return errors.Join(append(problems, errors.New("it has no target"))...)
+	}
+	// What is between is the partition.
+	if target := aws.ToString(s.Target.Arn); !strings.HasSuffix(target, ":scheduler:::aws-sdk:ec2:terminateInstances") {
+		problems = append(problems, fmt.Errorf("the target is %q", target))
+	}
+	compare("the role", aws.ToString(s.Target.RoleArn), p.config.ScheduleRole)
+	var input struct{ InstanceIds []string } //nolint:revive // EC2's own name of it
+	if err := json.Unmarshal([]byte(aws.ToString(s.Target.Input)), &input); err != nil {
+		return errors.Join(append(problems, fmt.Errorf("the target's input: %w", err))...)
+	}
+	compare("whom it ends", strings.Join(input.InstanceIds, ", "), string(f.made.Instance.ID))
+	return errors.Join(problems...)
 }
 
 func (p *site) terminate(ctx context.Context, f *first) error {
@@ -257,7 +310,12 @@ func (p *site) terminate(ctx context.Context, f *first) error {
 	if end.Log == nil || end.Log.Log.Usage.CPUAllocated == nil {
 		return errors.New("there is no compute log with what was allocated")
 	}
-	left, err := p.look(ctx, &f.grant.ID)
+	return p.nothingLeft(ctx, f.grant.ID)
+}
+
+// nothingLeft fails if AWS shows anything of a grant.
+func (p *site) nothingLeft(ctx context.Context, grant backend.GrantID) error {
+	left, err := p.look(ctx, &grant)
 	if err != nil {
 		return err
 	}

@@ -13,6 +13,9 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/compute-bridge/compute-bridge/pkg/config"
+	"github.com/compute-bridge/compute-bridge/pkg/worker"
+	"github.com/compute-bridge/compute-bridge/services/aws-worker/internal/ec2backend"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2fixture"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
 )
@@ -132,14 +135,18 @@ func (b *bench) launches() int {
 	return n
 }
 
+// platform has a schedule end instances.
+const platform = "deadline = \"platform\"\nschedule_role = \"arn:aws:iam::123456789012:role/schedules\"\n"
+
 func TestTheListPassesAndLeavesNothing(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		more string
 		want int
 	}{
-		"guest":    {"", 9},
-		"platform": {"deadline = \"platform\"\nschedule_role = \"arn:aws:iam::123456789012:role/schedules\"", 10},
+		"guest": {"", 9},
+		// Here the disk is as large as the image wants it.
+		"platform": {platform + "extra_disk_gib = 1\n", 10},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -156,6 +163,56 @@ func TestTheListPassesAndLeavesNothing(t *testing.T) {
 			b.cloud.CheckNothingIsLeft(t)
 		})
 	}
+}
+
+// What AWS shows is compared with what was asked for: where the two differ, the
+// list has to say so.
+func TestTheListFindsWhatIsNotAsItShouldBe(t *testing.T) {
+	t.Parallel()
+	b := newBench(t, platform)
+	c, err := config.Load[worker.Config[ec2backend.Config]](b.config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &site{settings: settings{image: b.cloud.Image.Digest, timing: hurried}, bridgeID: c.BridgeID, config: narrowed(c.Backend), dir: t.TempDir()}
+	ctx := operator(t.Context())
+	if err := p.connect(ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer p.disconnect()
+	if err := p.open(ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer p.close()
+	f := &first{}
+	for _, step := range []func(context.Context, *first) error{p.provision, p.tags, p.parts, p.schedule} {
+		if err := step(ctx, f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, c := range map[string]struct {
+		change func(*site, *first)
+		look   func(*site, context.Context, *first) error
+		want   string
+	}{
+		"a disk that is too large": {func(p *site, _ *first) { p.config.ExtraDiskGiB-- }, (*site).parts, "has 9 GiB, want 8"},
+		"a disk that is too small": {func(p *site, _ *first) { p.config.ExtraDiskGiB++ }, (*site).parts, "has 9 GiB, want 10"},
+		"another deadline": {
+			func(_ *site, f *first) { f.grant.ValidTo = f.grant.ValidTo.Add(time.Second) }, (*site).schedule, "the expression is",
+		},
+		"another instance": {func(_ *site, f *first) { f.made.Instance.ID = "i-0" }, (*site).schedule, "whom it ends is"},
+		"another role":     {func(p *site, _ *first) { p.config.ScheduleRole += "2" }, (*site).schedule, "the role is"},
+	} {
+		other, of := *p, *f
+		c.change(&other, &of)
+		if err := c.look(&other, ctx, &of); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: want %q, got %v", name, c.want, err)
+		}
+	}
+	if err := p.cleanUp(ctx); err != nil {
+		t.Error(err)
+	}
+	b.cloud.CheckNothingIsLeft(t)
 }
 
 func TestNothingIsMadeUnlessToldTwice(t *testing.T) {

@@ -37,9 +37,13 @@ func (b *Backend) Quote(ctx context.Context, region backend.Region, shape backen
 		return Quote{}, backenderr.New(backenderr.GrantNotSatisfiable, "region %s offers nothing for %s", region, shape)
 	}
 	cheapest := offers[0]
+	image, err := b.images.resolve(ctx, region, cheapest.Architecture)
+	if err != nil {
+		return Quote{}, err
+	}
 	return Quote{
 		Type: cheapest.Type, Zone: cheapest.Zone, USDPerHour: cheapest.USDPerHour, Priced: !math.IsInf(cheapest.USDPerHour, 1),
-		DiskGiB: int64(shape.Storage) + b.config.ExtraDiskGiB,
+		DiskGiB: max(int64(shape.Storage)+b.config.ExtraDiskGiB, image.MinDiskGiB),
 	}, nil
 }
 
