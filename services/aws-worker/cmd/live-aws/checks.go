@@ -20,6 +20,7 @@ import (
 	schedulertypes "github.com/aws/aws-sdk-go-v2/service/scheduler/types"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
 )
 
@@ -48,6 +49,7 @@ func (p *site) checks(ctx context.Context, l *list) {
 		{name: "provision again", run: p.provisionAgain},
 		{name: "schedule", run: p.schedule},
 		{name: "terminate", run: p.terminate},
+		{name: "failed boot", run: p.failedBoot, alone: true},
 		{name: "deadline with a dead bridge", run: p.deadline, alone: true},
 	}
 	broken := false
@@ -325,7 +327,33 @@ func (p *site) nothingLeft(ctx context.Context, grant backend.GrantID) error {
 	return nil
 }
 
-// deadline makes the second instance, ends the bridge, and waits.
+// failedBoot makes an instance that finds, at the place of the image, another
+// than the one that was granted: it has to boot to learn that.
+func (p *site) failedBoot(ctx context.Context, _ *first) error {
+	key, err := sshkey.GenerateLoginKey()
+	if err != nil {
+		return err
+	}
+	grant, envelope := p.grant(p.settings.timing.life, key.Public.String())
+	envelope.ImagePointer = fmt.Sprintf("%s/%x", grant.Image.Digest.Algorithm, grant.Image.Digest.Sum)
+	for i := range grant.Image.Digest.Sum {
+		grant.Image.Digest.Sum[i] ^= 0xff
+	}
+	made, err := p.runtime.Provision(ctx, grant, envelope)
+	switch {
+	case err == nil:
+		return fmt.Errorf("instance %s runs another image than was granted", made.Instance.ID)
+	case !backenderr.Is(err, backenderr.ImageHashMismatch):
+		return fmt.Errorf("want %s, got %w", backenderr.ImageHashMismatch, err)
+	case backenderr.CreatedOf(err) != backenderr.CreatedNone:
+		return fmt.Errorf("its end is not confirmed: %w", err)
+	case backenderr.From(err).Metadata[backenderr.MetaConsole] == "":
+		return fmt.Errorf("the console is not told: %w", err)
+	}
+	return p.nothingLeft(ctx, grant.ID)
+}
+
+// deadline makes the last instance, ends the bridge, and waits.
 func (p *site) deadline(ctx context.Context, _ *first) error {
 	key, err := sshkey.GenerateLoginKey()
 	if err != nil {

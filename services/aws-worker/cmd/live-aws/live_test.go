@@ -144,9 +144,9 @@ func TestTheListPassesAndLeavesNothing(t *testing.T) {
 		more string
 		want int
 	}{
-		"guest": {"", 9},
+		"guest": {"", 10},
 		// Here the disk is as large as the image wants it.
-		"platform": {platform + "extra_disk_gib = 1\n", 10},
+		"platform": {platform + "extra_disk_gib = 1\n", 11},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -157,8 +157,8 @@ func TestTheListPassesAndLeavesNothing(t *testing.T) {
 			if pass := b.lines("PASS"); pass != c.want {
 				t.Errorf("%d lines passed, want %d", pass, c.want)
 			}
-			if n := b.launches(); n != maxInstances {
-				t.Errorf("%d instances were made, announced were %d", n, maxInstances)
+			if n := b.launches(); n != instances || !strings.Contains(b.out.String(), fmt.Sprintf("%d instances", n)) {
+				t.Errorf("%d instances were made, want %d, and announced", n, instances)
 			}
 			b.cloud.CheckNothingIsLeft(t)
 		})
@@ -202,6 +202,9 @@ func TestTheListFindsWhatIsNotAsItShouldBe(t *testing.T) {
 		},
 		"another instance": {func(_ *site, f *first) { f.made.Instance.ID = "i-0" }, (*site).schedule, "whom it ends is"},
 		"another role":     {func(p *site, _ *first) { p.config.ScheduleRole += "2" }, (*site).schedule, "the role is"},
+		"a failure that needs no boot": {
+			func(p *site, _ *first) { p.settings.image.Sum[0]++ }, (*site).failedBoot, "want IMAGE_HASH_MISMATCH, got",
+		},
 	} {
 		other, of := *p, *f
 		c.change(&other, &of)

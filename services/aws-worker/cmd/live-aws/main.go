@@ -47,8 +47,8 @@ type settings struct {
 
 // timing is how long things may take on AWS.
 type timing struct {
-	// life is that of the first instance, should everything here die; the second
-	// one is to end by itself after short.
+	// life is that of instances that are ended here, should everything here die;
+	// the last one is to end by itself after short.
 	life, short time.Duration
 	// run bounds the checks, cleanUp what comes after them.
 	run, cleanUp time.Duration

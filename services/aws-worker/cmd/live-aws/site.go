@@ -40,12 +40,13 @@ const (
 	tagShape   = "compute-bridge:shape"
 	// deadlinePlatform is the configuration's value for schedules.
 	deadlinePlatform = "platform"
-	// maxInstances at once.
+	// instances that a run makes, and how many of them at once.
+	instances    = 3
 	maxInstances = 2
 	secretBytes  = 32
 )
 
-// shape of both grants: the smallest that says something.
+// shape of all grants: the smallest that says something.
 var shape = backend.Shape{CPU: 500, RAM: 512, Storage: 1} //nolint:gochecknoglobals // a constant that Go can't declare
 
 // narrowed is the operator's configuration with the first region alone, and no
@@ -152,9 +153,9 @@ func (p *site) agree(ctx context.Context, out io.Writer) (code int, ready bool) 
 		return exitFailed, false
 	}
 	total := estimate(quote, p.settings.timing.run)
-	fmt.Fprintf(out, "This makes %d instances of type %s in %s, zone %s, each with %d GiB of disk and a public address,\n"+
-		"for at most %s. Estimate: USD %.3f, at USD %.4f for an hour of an instance on demand.\n",
-		maxInstances, quote.Type, region, quote.Zone, quote.DiskGiB, p.settings.timing.run, total, quote.USDPerHour)
+	fmt.Fprintf(out, "This makes %d instances of type %s in %s, zone %s, each with %d GiB of disk and a public address, at most %d\n"+
+		"at once, for at most %s. Estimate: USD %.3f, at USD %.4f for an hour of an instance on demand.\n",
+		instances, quote.Type, region, quote.Zone, quote.DiskGiB, maxInstances, p.settings.timing.run, total, quote.USDPerHour)
 	switch {
 	case !quote.Priced:
 		fmt.Fprintf(out, "The price of %s is not known. Give it in a [[backend.price]] section.\n", quote.Type)
@@ -173,7 +174,8 @@ func (p *site) agree(ctx context.Context, out io.Writer) (code int, ready bool) 
 const maxUSD = 0.10
 
 // estimate is what a run costs at most, with prices of 2025 for what the
-// worker has no table of.
+// worker has no table of. The worker makes no more than maxInstances at once, so
+// that as many for the whole run are more than what there is.
 func estimate(q ec2backend.Quote, run time.Duration) float64 {
 	const (
 		addressPerHour   = 0.005  // https://aws.amazon.com/vpc/pricing/
