@@ -286,7 +286,7 @@ func authorizeGroup(egress bool) func(*call) effect {
 				}
 				rules = append(rules, rule)
 			}
-			if len(rules) > maxRules {
+			if overfull(rules) {
 				return nil, refusal("RulesPerSecurityGroupLimitExceeded", "The maximum number of rules per security group has been reached.")
 			}
 			*g.rules(egress) = rules
@@ -295,6 +295,24 @@ func authorizeGroup(egress bool) func(*call) effect {
 			})}, nil
 		}
 	}
+}
+
+// overfull says that there are more rules than a direction may have, of either
+// version of IP; what is neither's counts for both.
+func overfull(rules []Rule) bool {
+	four, six := 0, 0
+	for _, rule := range rules {
+		switch prefix, err := netip.ParsePrefix(rule.Peer); {
+		case err != nil:
+			four++
+			six++
+		case prefix.Addr().Is6():
+			six++
+		default:
+			four++
+		}
+	}
+	return max(four, six) > maxRules
 }
 
 func (r *region) checkPeer(peer string) *Error {

@@ -272,6 +272,7 @@ func (m *Machine) start(ctx context.Context, told instructions) (*sshtest.Server
 		return nil, &failureError{guestapi.ReasonWorkloadFailed, "the workload ended with exit status 127"}
 	}
 	if m.factory.hangs.Load() {
+		m.print("cloud-init: still waiting for the network")
 		<-ctx.Done()
 		return nil, ctx.Err()
 	}

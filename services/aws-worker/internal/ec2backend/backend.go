@@ -95,6 +95,7 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 	b := &Backend{
 		config: c, env: env, log: env.Log, clients: clients, life: life, cancel: cancel,
 		byName: map[backend.Region]*region{}, held: map[identity]holding{}, sent: map[identity]time.Time{},
+		groups: groups{collecting: make(chan struct{}, 1)},
 	}
 	b.catalogue = newCatalogue(c, clients)
 	b.images = newImages(c, clients)
@@ -131,6 +132,10 @@ func (b *Backend) prepare(ctx context.Context) error {
 	problems := []error{b.clients.check(ctx)}
 	for _, r := range b.regions {
 		problems = append(problems, b.refresh(ctx, r))
+		// What runs takes room, also if the ledger doesn't know of it.
+		if _, err := r.instances.now(ctx); err != nil {
+			problems = append(problems, fmt.Errorf("region %s: %w", r.name, err))
+		}
 	}
 	if err := errors.Join(problems...); err != nil {
 		if !b.config.LenientBoot {
@@ -254,8 +259,8 @@ func (b *Backend) CanSatisfy(_ context.Context, grant backend.Grant) (backend.Sa
 	}
 	var reasons []string
 	for _, r := range b.candidates(grant) {
-		if grant.Network.Mode == backend.NetworkAllowlist && len(r.clients.config.AllowlistEgress) == 0 {
-			reasons = append(reasons, fmt.Sprintf("region %s has no allowlist_egress, without which an instance couldn't fetch its image", r.name))
+		if why := b.unfit(grant, r); why != "" {
+			reasons = append(reasons, why)
 			continue
 		}
 		ok, why := b.catalogue.fits(r.name, grant.Shape)
@@ -268,6 +273,21 @@ func (b *Backend) CanSatisfy(_ context.Context, grant backend.Grant) (backend.Sa
 		return no("%s", b.outside(grant.Region))
 	}
 	return no("%s", strings.Join(reasons, "; "))
+}
+
+// unfit says why a region can't take a grant, whatever types it has; "" if it
+// can.
+func (b *Backend) unfit(grant backend.Grant, r *region) string {
+	if grant.Network.Mode == backend.NetworkAllowlist && len(r.clients.config.AllowlistEgress) == 0 {
+		return fmt.Sprintf("region %s has no allowlist_egress, without which an instance couldn't fetch its image", r.name)
+	}
+	if n := rulesOf(grant, r.clients.config).most(); n > maxRules {
+		return fmt.Sprintf("region %s: the ports or the network policy need %d rules of a security group, which has %d", r.name, n, maxRules)
+	}
+	if err := b.tryUserData(grant); err != nil {
+		return fmt.Sprintf("region %s: %v", r.name, err)
+	}
+	return ""
 }
 
 // candidates are the regions that a grant may be in, in order.

@@ -155,7 +155,7 @@ func (c *clients) probeLaunch(ctx context.Context, r *regionClients) (*ec2.RunIn
 	if c.catalogue == nil || c.images == nil {
 		return nil, backenderr.New(backenderr.Internal, "no catalogue")
 	}
-	offers, err := c.catalogue.offers(ctx, backend.Region(r.name), backend.Shape{})
+	offers, err := c.catalogue.offers(ctx, backend.Region(r.name), backend.Shape{}, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -96,11 +96,11 @@ func (c *catalogue) maxStorage() backend.GiB {
 }
 
 // offers returns the ways to run a grant of this size in a region: by price,
-// and for each type the zones in the operator's order. What had no capacity a
-// short time ago is left out. It fails with GRANT_NOT_SATISFIABLE if nothing is
+// and for each type the zones in the operator's order. What was tried, and what
+// had no capacity a short time ago, is left out. It fails with GRANT_NOT_SATISFIABLE if nothing is
 // large enough, and with CAPACITY_EXHAUSTED if all that is was left out. It
 // reads the region's catalogue if that wasn't done yet.
-func (c *catalogue) offers(ctx context.Context, region backend.Region, shape backend.Shape) ([]offer, error) {
+func (c *catalogue) offers(ctx context.Context, region backend.Region, shape backend.Shape, tried map[place]bool) ([]offer, error) {
 	known := c.of(region)
 	if known == nil {
 		if err := c.refresh(ctx, region); err != nil {
@@ -125,6 +125,9 @@ func (c *catalogue) offers(ctx context.Context, region backend.Region, shape bac
 				continue
 			}
 			at := place{region, z.name, t.name}
+			if tried[at] {
+				continue
+			}
 			if until, bad := c.without[at]; bad {
 				if now.Before(until) {
 					if free.IsZero() || until.Before(free) {
@@ -142,7 +145,7 @@ func (c *catalogue) offers(ctx context.Context, region backend.Region, shape bac
 	}
 	if len(out) == 0 {
 		return nil, backenderr.New(backenderr.CapacityExhausted, "region %s had no capacity for any type that fits %s", region, shape).
-			WithCreated(backenderr.CreatedNone).WithRetryAfter(free.Sub(now))
+			WithCreated(backenderr.CreatedNone).WithRetryAfter(max(retryOthers, free.Sub(now)))
 	}
 	return out, nil
 }

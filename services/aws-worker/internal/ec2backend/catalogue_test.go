@@ -53,7 +53,7 @@ func TestTheCheapestTypeThatFitsComesFirst(t *testing.T) {
 	c.InstanceFamilies = []string{"m7i", "t3"}
 	c.Regions[0].Zones = []string{"eu-central-1b", "eu-central-1a"}
 	cat := openCatalogue(t, c)
-	got, err := cat.offers(t.Context(), testRegion, twoCores)
+	got, err := cat.offers(t.Context(), testRegion, twoCores, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -78,7 +78,7 @@ func TestTheOperatorsPriceChangesTheOrder(t *testing.T) {
 	t.Parallel()
 	_, c := simulated(t, ec2sim.Options{})
 	c.Prices = []PriceConfig{{Type: "m7i.large", USDPerHour: 0.001}}
-	got, err := openCatalogue(t, c).offers(t.Context(), testRegion, twoCores)
+	got, err := openCatalogue(t, c).offers(t.Context(), testRegion, twoCores, nil)
 	if err != nil || got[0].Type != "m7i.large" || got[0].USDPerHour != 0.001 {
 		t.Errorf("%v, %v", places(got), err)
 	}
@@ -97,7 +97,7 @@ func TestOnlyTheFamiliesAndArchitecturesThatAreAllowed(t *testing.T) {
 		{[]string{archAMD64, archARM64}, []string{"t3", "t4g"}},
 	} {
 		c.Regions[0].Architectures = test.architectures
-		got, err := openCatalogue(t, c).offers(t.Context(), testRegion, twoCores)
+		got, err := openCatalogue(t, c).offers(t.Context(), testRegion, twoCores, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -121,7 +121,7 @@ func TestATypeIsOfferedOnlyWhereAZoneHasIt(t *testing.T) {
 	regions := ec2sim.DefaultRegions()
 	regions[0].Zones[0].Lacks = []string{"t3.medium"}
 	_, c := simulated(t, ec2sim.Options{Regions: regions})
-	got, err := openCatalogue(t, c).offers(t.Context(), testRegion, twoCores)
+	got, err := openCatalogue(t, c).offers(t.Context(), testRegion, twoCores, nil)
 	if err != nil || len(got) < 3 || !slices.Equal(places(got)[:3], []string{"t3.medium@b", "t3.medium@c", "t3.large@a"}) {
 		t.Errorf("%v, %v", places(got), err)
 	}
@@ -138,17 +138,17 @@ func TestWhatHadNoCapacityIsLeftAloneForAWhile(t *testing.T) {
 		cat.regions[testRegion] = read.of(testRegion)
 		// Fits the largest type alone.
 		shape := backend.Shape{CPU: 32000}
-		all, err := cat.offers(t.Context(), testRegion, shape)
+		all, err := cat.offers(t.Context(), testRegion, shape, nil)
 		if err != nil || len(all) != 2 {
 			t.Fatalf("%v, %v", places(all), err)
 		}
 		cat.unavailable(testRegion, "eu-central-1a", all[0].Type)
-		if got, err := cat.offers(t.Context(), testRegion, shape); err != nil || len(got) != 1 || got[0].Zone != "eu-central-1b" {
+		if got, err := cat.offers(t.Context(), testRegion, shape, nil); err != nil || len(got) != 1 || got[0].Zone != "eu-central-1b" {
 			t.Errorf("without the first zone: %v, %v", places(got), err)
 		}
 		<-time.After(time.Minute)
 		cat.unavailable(testRegion, "eu-central-1b", all[0].Type)
-		_, err = cat.offers(t.Context(), testRegion, shape)
+		_, err = cat.offers(t.Context(), testRegion, shape, nil)
 		full := backenderr.From(err)
 		if full == nil || full.Reason != backenderr.CapacityExhausted || full.Created != backenderr.CreatedNone || full.RetryAfter != 2*time.Minute {
 			t.Errorf("without both: %v, retry after %v", err, full.RetryAfter)
@@ -157,7 +157,7 @@ func TestWhatHadNoCapacityIsLeftAloneForAWhile(t *testing.T) {
 			t.Errorf("a stock-out is no reason to say never: %s", why)
 		}
 		<-time.After(full.RetryAfter)
-		if got, err := cat.offers(t.Context(), testRegion, shape); err != nil || len(got) != 1 || got[0].Zone != "eu-central-1a" {
+		if got, err := cat.offers(t.Context(), testRegion, shape, nil); err != nil || len(got) != 1 || got[0].Zone != "eu-central-1a" {
 			t.Errorf("when the first is over: %v, %v", places(got), err)
 		}
 	})
@@ -176,7 +176,7 @@ func TestWhatNeverFitsIsRefusedWithTheReason(t *testing.T) {
 		{backend.Shape{Storage: maxVolumeGiB}, "no volume has room"},
 	} {
 		ok, why := cat.fits(testRegion, test.shape)
-		_, err := cat.offers(t.Context(), testRegion, test.shape)
+		_, err := cat.offers(t.Context(), testRegion, test.shape, nil)
 		if ok || !strings.Contains(why, test.says) || !backenderr.Is(err, backenderr.GrantNotSatisfiable) {
 			t.Errorf("%s: %t, %q, %v", test.shape, ok, why, err)
 		}
@@ -193,10 +193,10 @@ func TestBeforeItIsReadNothingIsPromised(t *testing.T) {
 	if _, known := cat.largest(testRegion); known {
 		t.Error("the largest type is known")
 	}
-	if got, err := cat.offers(t.Context(), testRegion, twoCores); err != nil || len(got) == 0 {
+	if got, err := cat.offers(t.Context(), testRegion, twoCores, nil); err != nil || len(got) == 0 {
 		t.Errorf("an offer makes it read: %v, %v", got, err)
 	}
-	if _, err := cat.offers(t.Context(), "us-east-1", twoCores); !backenderr.Is(err, backenderr.GrantNotSatisfiable) {
+	if _, err := cat.offers(t.Context(), "us-east-1", twoCores, nil); !backenderr.Is(err, backenderr.GrantNotSatisfiable) {
 		t.Errorf("outside the allowlist: %v", err)
 	}
 }
@@ -209,7 +209,7 @@ func TestTheLargestIsOneThatExists(t *testing.T) {
 	if !known || largest.Storage != backend.GiB(maxVolumeGiB-c.ExtraDiskGiB) {
 		t.Fatalf("%v, %t", largest, known)
 	}
-	got, err := cat.offers(t.Context(), testRegion, largest)
+	got, err := cat.offers(t.Context(), testRegion, largest, nil)
 	if err != nil {
 		t.Fatalf("nobody has the largest, %s: %v", largest, err)
 	}

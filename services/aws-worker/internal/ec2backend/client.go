@@ -39,10 +39,12 @@ const (
 	callTimeout = 30 * time.Second
 	// callAttempts of a call, the first included.
 	callAttempts = 3
-	// maxSkew is how far this machine's clock may be off. AWS refuses requests
-	// that are 5 min old (pageEC2, RequestExpired), and a deadline that is 5 min
-	// late costs money.
-	maxSkew = 4 * time.Minute
+	// maxSkew is how far this machine's clock may be off: half the grace of
+	// deadlines, at whose end the bridge ends what has not ended itself.
+	maxSkew = 30 * time.Second
+	// refusedSkew is how far it is off where that explains a refused signature: AWS
+	// refuses requests that are 5 min old (pageEC2, RequestExpired).
+	refusedSkew = 4 * time.Minute
 )
 
 // clients are the APIs of the regions of the allowlist. They are made once and

@@ -61,8 +61,8 @@ type Config struct {
 	// PollInterval is how often the state of all instances of a region is read
 	// while something is expected to change.
 	PollInterval config.Duration `toml:"poll_interval"`
-	// UsageInterval is how often a watch reads usage so far. CloudWatch charges
-	// for each figure.
+	// UsageInterval is how often a watch reports usage so far, which is what
+	// follows from the time; CloudWatch is asked at the end only.
 	UsageInterval config.Duration `toml:"usage_interval"`
 	// VisibilityDelay is how long what was made may not be found yet: EC2's
 	// answers are eventually consistent.
@@ -316,6 +316,9 @@ func (c Config) Validate() error {
 		p.Add("backend.schedule_role", "%q: deadline = \"platform\" needs the ARN of a role that may terminate instances", c.ScheduleRole)
 	case c.Deadline != deadlinePlatform && c.ScheduleRole != "":
 		p.Add("backend.schedule_role", "has no use without deadline = \"platform\"")
+	}
+	if c.ImageStore.URLLifetime.Duration < c.BootTimeout.Duration {
+		p.Add("backend.image_store.url_lifetime", "%s is shorter than boot_timeout, in which instances fetch their images", c.ImageStore.URLLifetime.Duration)
 	}
 	if !groupName.MatchString(c.ScheduleGroup) {
 		p.Add("backend.schedule_group", "%q: want [0-9A-Za-z_.-], at most 64 bytes", c.ScheduleGroup)

@@ -3,6 +3,7 @@ package ec2backend
 import (
 	"context"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -112,6 +113,7 @@ func TestOneCallSaysAllOfAnInstance(t *testing.T) {
 		"MetadataOptions.HttpTokens": "required", "MetadataOptions.HttpPutResponseHopLimit": "1",
 		"BlockDeviceMapping.1.Ebs.Encrypted": "true", "BlockDeviceMapping.1.Ebs.DeleteOnTermination": "true",
 		"NetworkInterface.1.DeleteOnTermination": "true", "KeyName": "",
+		"BlockDeviceMapping.1.Ebs.VolumeSize": strconv.FormatInt(int64(suiteShape.Storage)+s.config.ExtraDiskGiB, 10),
 	} {
 		if got := calls[0].Params.Get(key); got != want {
 			t.Errorf("%s = %q, want %q", key, got, want)
@@ -314,8 +316,9 @@ func TestInstanceThatNeverAnswersIsBootTimeout(t *testing.T) {
 	s.cloud.Machines.Hang(true)
 	g, e := s.grant()
 	_, err := b.Provision(asRequester(t.Context()), g, e)
-	if !backenderr.Is(err, backenderr.BootTimeout) || backenderr.CreatedOf(err) != backenderr.CreatedNone {
-		t.Errorf("got %v, created %s", err, backenderr.CreatedOf(err))
+	failure := backenderr.From(err)
+	if failure.Reason != backenderr.BootTimeout || failure.Created != backenderr.CreatedNone || failure.Metadata[backenderr.MetaConsole] == "" {
+		t.Errorf("got %v, created %s, with %q", err, failure.Created, failure.Metadata)
 	}
 }
 

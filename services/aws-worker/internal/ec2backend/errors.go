@@ -249,13 +249,14 @@ func known(table []vendorError, code string) (vendorError, bool) {
 }
 
 // classify makes one of our errors of an error of the SDK's. It returns nil for
-// nil. What exists is left open; see [refused].
+// nil. What exists is left open; see [refused]. The error is the caller's own: that
+// of a shared read goes to many, who each say something else of their grant.
 func classify(err error, doing string) *backenderr.Error {
 	if err == nil {
 		return nil
 	}
 	if own, ok := errors.AsType[*backenderr.Error](err); ok {
-		return own
+		return own.Clone()
 	}
 	cause := &apiError{text: describe(err), err: err}
 	if api, ok := errors.AsType[smithy.APIError](err); ok {
@@ -267,7 +268,7 @@ func classify(err error, doing string) *backenderr.Error {
 		case !ok:
 			return backenderr.Wrap(backenderr.Unknown, cause, "%s", doing)
 		}
-		if skew := skewOf(err); row.reason == backenderr.ProviderUnauthenticated && tooSkewed(skew) {
+		if skew := skewOf(err); row.reason == backenderr.ProviderUnauthenticated && skew.Abs() > refusedSkew {
 			return backenderr.Wrap(backenderr.ClockSkew, cause, "%s: this machine's clock is %s off", doing, skew.Round(time.Second))
 		}
 		return backenderr.Wrap(row.reason, cause, "%s", doing).WithRetryAfter(row.retry)

@@ -142,11 +142,17 @@ func TestWhatTheTableDoesntHave(t *testing.T) {
 	}
 }
 
+// An error of a shared read goes to many, each of whom says more of it.
 func TestOwnErrorsStayWhatTheyAre(t *testing.T) {
 	t.Parallel()
-	own := backenderr.New(backenderr.WorkerFull, "no room").WithRetryAfter(time.Second)
-	if got := classify(fmt.Errorf("around: %w", own), "create"); got != own {
+	own := backenderr.New(backenderr.WorkerFull, "no room").WithRetryAfter(time.Second).WithMetadata("k", "v")
+	got := classify(fmt.Errorf("around: %w", own), "create")
+	if got.Reason != own.Reason || got.Error() != own.Error() || got.RetryAfter != time.Second || got.Metadata["k"] != "v" {
 		t.Errorf("classified as %v", got)
+	}
+	got.WithCreated(backenderr.CreatedUnknown).WithMetadata("k", "mine")
+	if own.Created == backenderr.CreatedUnknown || own.Metadata["k"] != "v" {
+		t.Errorf("what one says of it all others say, too: %+v", own)
 	}
 }
 

@@ -34,6 +34,12 @@ const (
 	codeGroupsFull       = "SecurityGroupLimitExceeded"
 )
 
+// maxRules is how many rules a security group has in each direction, counted for
+// each version of IP
+// (https://docs.aws.amazon.com/vpc/latest/userguide/amazon-vpc-limits.html). An
+// account may have more, which nobody can ask for.
+const maxRules = 60
+
 // maxCollected bounds how many unused groups are deleted at once: EC2 lets 50
 // such calls through, and then 5 each second (pageThrottling).
 const maxCollected = 20
@@ -76,6 +82,21 @@ func rulesOf(grant backend.Grant, rc RegionConfig) rules {
 func (r rules) key() string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%v %t %q %q", r.ports, r.open, r.prefixes, r.lists))
 	return hex.EncodeToString(sum[:8])
+}
+
+// most is how many rules there are in the direction, and of the version of IP,
+// that has most of them. A prefix list counts as one: AWS's own for S3 does, others
+// may count as more.
+func (r rules) most() int {
+	four, six := len(r.lists), len(r.lists)
+	for _, to := range r.prefixes {
+		if prefix, err := netip.ParsePrefix(to); err == nil && prefix.Addr().Is6() {
+			six++
+		} else {
+			four++
+		}
+	}
+	return max(len(r.ports), four, six)
 }
 
 // ingress is what the group lets in.
@@ -188,8 +209,8 @@ type groups struct {
 	// asked is when a group's name was last asked for: it is about to be used.
 	asked map[string]time.Time
 
-	// collecting is held by the one who deletes unused groups.
-	collecting sync.Mutex
+	// collecting has the token of the one who deletes unused groups.
+	collecting chan struct{}
 }
 
 func (g *groups) get(key string) string {
@@ -293,8 +314,12 @@ func (b *Backend) makeGroup(ctx context.Context, r *region, vpc, name string, wa
 	if codeOf(err) == codeGroupsFull {
 		// Requesters choose ports and destinations: what they chose once and nobody
 		// uses now makes room.
-		b.groups.collecting.Lock()
-		defer b.groups.collecting.Unlock()
+		select {
+		case b.groups.collecting <- struct{}{}:
+			defer func() { <-b.groups.collecting }()
+		case <-ctx.Done():
+			return classify(ctx.Err(), "make room for the security group "+name)
+		}
 		if err = create(); codeOf(err) == codeGroupsFull && b.collectGroups(ctx, r) > 0 {
 			err = create()
 		}

@@ -80,7 +80,7 @@ func openGrouper(t *testing.T, c Config) grouper {
 	c.PollInterval.Duration = 10 * time.Millisecond
 	all := openClients(t, c)
 	env := testEnv(t)
-	b := &Backend{config: c, env: env, log: env.Log, clients: all}
+	b := &Backend{config: c, env: env, log: env.Log, clients: all, groups: groups{collecting: make(chan struct{}, 1)}}
 	g := grouper{Backend: b, region: &region{name: testRegion, clients: all.order[0]}}
 	vpcs, err := g.region.clients.ec2.DescribeVpcs(t.Context(), &ec2.DescribeVpcsInput{})
 	if err != nil || len(vpcs.Vpcs) != 1 {

@@ -29,7 +29,7 @@ func SDKConfig(ctx context.Context, c Config, region string) (aws.Config, error)
 // root disk that goes with it, and the type's price, as far as one is known. It
 // reads the catalogue and changes nothing.
 func (b *Backend) Quote(ctx context.Context, region backend.Region, shape backend.Shape) (Quote, error) {
-	offers, err := b.catalogue.offers(ctx, region, shape)
+	offers, err := b.catalogue.offers(ctx, region, shape, nil)
 	if err != nil {
 		return Quote{}, err
 	}

@@ -1,7 +1,9 @@
 package ec2backend
 
 import (
+	"bytes"
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -22,6 +24,7 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/redact"
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
 	"github.com/compute-bridge/compute-bridge/pkg/userdata"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
@@ -29,8 +32,11 @@ import (
 )
 
 const (
-	// maxOffers bounds the offers that are tried within one call.
-	maxOffers = 12
+	// maxOver bounds how many attempts that ended in the meantime one call goes
+	// around.
+	maxOver = 12
+	// retryOthers is when to ask for the offers that a call had no time for.
+	retryOthers = time.Second
 	// Pauses between tries of the handshake.
 	minReadyPause = 50 * time.Millisecond
 	maxReadyPause = time.Second
@@ -101,8 +107,10 @@ var errOver = errors.New("the attempt is over")
 // Provision implements worker.Driver.
 func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Ready, error) {
 	var last error
-	for range maxOffers {
-		a, err := b.begin(ctx, order)
+	tried := map[place]bool{}
+	enough := time.Now().Add(b.config.BootTimeout.Duration)
+	for over := 0; over < maxOver; {
+		a, err := b.begin(ctx, order, tried)
 		var ready worker.Ready
 		switch {
 		case err == nil:
@@ -123,27 +131,28 @@ func (b *Backend) Provision(ctx context.Context, order worker.Order) (worker.Rea
 		case ctx.Err() != nil || backenderr.CreatedOf(failure) != backenderr.CreatedNone:
 			return worker.Ready{}, failure
 		case errors.Is(err, errOver):
-			continue
+			over++
 		case backenderr.Is(failure, backenderr.CapacityExhausted):
+			tried[place{a.region.name, a.params.Zone, a.params.Type}] = true
 			b.catalogue.unavailable(a.region.name, a.params.Zone, a.params.Type)
 			b.log.InfoContext(ctx, "Out of stock", "grant_id", a.grant.String(), "zone", a.params.Zone, "type", a.params.Type)
 			last = failure
+			if time.Now().After(enough) {
+				return worker.Ready{}, backenderr.From(last).Clone().WithRetryAfter(retryOthers)
+			}
 		default:
 			return worker.Ready{}, failure
 		}
 	}
-	if last == nil {
-		last = backenderr.New(backenderr.ProviderUnavailable, "%d attempts ended one after the other", maxOffers).WithCreated(backenderr.CreatedNone)
-	}
-	return worker.Ready{}, last
+	return worker.Ready{}, backenderr.New(backenderr.ProviderUnavailable, "%d attempts ended one after the other", maxOver).WithCreated(backenderr.CreatedNone)
 }
 
 // none states that nothing exists.
 func none(err error) error { return backenderr.From(err).Clone().WithCreated(backenderr.CreatedNone) }
 
-// begin returns the grant's open attempt, or a new one. With an error it returns
-// the open attempt if there is one.
-func (b *Backend) begin(ctx context.Context, order worker.Order) (*attempt, error) {
+// begin returns the grant's open attempt, or a new one, at the first place that
+// wasn't tried. With an error it returns the open attempt if there is one.
+func (b *Backend) begin(ctx context.Context, order worker.Order, tried map[place]bool) (*attempt, error) {
 	attempts, err := b.env.Journal.Attempts(ctx, order.Grant.ID)
 	if err != nil {
 		return nil, err
@@ -157,16 +166,20 @@ func (b *Backend) begin(ctx context.Context, order worker.Order) (*attempt, erro
 	}
 	// The ledger knows of nothing that exists. EC2 may, if the ledger is an older
 	// copy.
-	found, r, err := b.findUnrecorded(ctx, order)
+	found, r, blind, err := b.findUnrecorded(ctx, order)
 	if err != nil {
-		return nil, none(err)
+		return nil, err
 	}
 	if found != nil {
 		return b.record(ctx, order, r, *found, next)
 	}
 	var reasons []error
 	for _, r := range b.candidates(order.Grant) {
-		a, err := b.beginIn(ctx, order, r, next)
+		if err := blind[r.name]; err != nil {
+			reasons = append(reasons, err) // nobody would see what is made there
+			continue
+		}
+		a, err := b.beginIn(ctx, order, r, next, tried)
 		if err == nil {
 			return a, nil
 		}
@@ -241,30 +254,40 @@ func (b *Backend) resume(ctx context.Context, recorded worker.Attempt) (*attempt
 			return a, errOver // the ledger is an older copy: a later one is to be adopted
 		}
 	}
-	if !recorded.New && time.Since(recorded.BeganAt) > b.config.ImageStore.URLLifetime.Duration {
-		return a, errOver // the addresses that it would be sent with work no more
+	// The addresses that it would be sent with must still work when it has booted.
+	if works := b.config.ImageStore.URLLifetime.Duration - b.config.BootTimeout.Duration; !recorded.New && time.Since(recorded.BeganAt) > works {
+		return a, errOver
 	}
 	return a, nil
 }
 
 // findUnrecorded looks for an instance of the grant that the ledger doesn't know
-// of.
-func (b *Backend) findUnrecorded(ctx context.Context, order worker.Order) (*instance, *region, error) {
+// of. Of a region that can't be read, which it returns with the reason, it counts
+// what was last seen there: whatever was made since then is on record. Before a
+// region was ever read there may be one.
+func (b *Backend) findUnrecorded(ctx context.Context, order worker.Order) (*instance, *region, map[backend.Region]error, error) {
+	blind := map[backend.Region]error{}
 	for _, r := range b.candidates(order.Grant) {
 		all, err := r.instances.now(ctx)
+		seen := all.value
 		if err != nil {
-			if len(b.candidates(order.Grant)) > 1 && ctx.Err() == nil {
-				continue // it is not where the grant goes, then
+			seen = r.instances.peek()
+			failure := classify(err, "look for what exists of the grant in "+string(r.name))
+			switch {
+			case seen == nil:
+				return nil, nil, nil, failure.WithCreated(backenderr.CreatedUnknown)
+			case ctx.Err() != nil:
+				return nil, nil, nil, failure.WithCreated(backenderr.CreatedNone)
 			}
-			return nil, nil, classify(err, "look for what exists of the grant")
+			blind[r.name] = failure
 		}
-		for _, i := range all.value[order.Grant.ID] {
+		for _, i := range seen[order.Grant.ID] {
 			if !i.over() {
-				return &i, r, nil
+				return &i, r, nil, nil
 			}
 		}
 	}
-	return nil, nil, nil
+	return nil, nil, blind, nil
 }
 
 // record takes an instance that the ledger doesn't know of into it, under the
@@ -303,7 +326,7 @@ func (b *Backend) record(ctx context.Context, order worker.Order, r *region, fou
 
 // beginIn begins a new attempt in a region. When it fails without returning an
 // attempt, nothing exists.
-func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, number uint32) (*attempt, error) {
+func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, number uint32, tried map[place]bool) (*attempt, error) {
 	id := identity{order.Grant.ID, number}
 	if b.reserve(id, r.name) != nil {
 		// Another replica may have ended what took the room.
@@ -314,7 +337,7 @@ func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, nu
 			return nil, err
 		}
 	}
-	p, err := b.plan(ctx, order, r)
+	p, err := b.plan(ctx, order, r, tried)
 	if err != nil {
 		b.release(id)
 		return nil, err
@@ -354,12 +377,12 @@ func (b *Backend) beginIn(ctx context.Context, order worker.Order, r *region, nu
 }
 
 // plan settles everything about an attempt before it is on record.
-func (b *Backend) plan(ctx context.Context, order worker.Order, r *region) (params, error) {
+func (b *Backend) plan(ctx context.Context, order worker.Order, r *region, tried map[place]bool) (params, error) {
 	grant, rc := order.Grant, r.clients.config
-	if grant.Network.Mode == backend.NetworkAllowlist && len(rc.AllowlistEgress) == 0 {
-		return params{}, backenderr.New(backenderr.GrantNotSatisfiable, "region %s has no allowlist_egress", r.name)
+	if why := b.unfit(grant, r); why != "" {
+		return params{}, backenderr.New(backenderr.GrantNotSatisfiable, "%s", why)
 	}
-	offers, err := b.catalogue.offers(ctx, r.name, grant.Shape)
+	offers, err := b.catalogue.offers(ctx, r.name, grant.Shape, tried)
 	if err != nil {
 		return params{}, err
 	}
@@ -375,7 +398,7 @@ func (b *Backend) plan(ctx context.Context, order worker.Order, r *region) (para
 	if err != nil {
 		return params{}, err
 	}
-	fetched, err := b.store.image(ctx, order, time.Now().Add(b.config.BootTimeout.Duration))
+	fetched, err := b.store.image(ctx, order)
 	if err != nil {
 		return params{}, err
 	}
@@ -451,14 +474,6 @@ func (b *Backend) makeReady(ctx context.Context, order worker.Order, a *attempt)
 	if err != nil {
 		return worker.Ready{}, backenderr.Wrap(backenderr.Internal, err, "derive the host key")
 	}
-	machine := guestapi.Machine{
-		Guest: guestapi.Config{
-			Version: guestapi.ConfigVersion, HostKey: guestapi.NewHostKey(string(private.Expose())), AuthorizedKeys: []string{order.LoginKey},
-			ListenPort: sshPort, Environment: order.Grant.Environment,
-		},
-		GrantID: a.grant.String(), Attempt: a.attempt, Deadline: wholeSeconds(a.params.ValidTo),
-		Image: guestapi.MachineImage(a.params.MachineImage), AtEnd: guestapi.AtEndPowerOff,
-	}
 	var i instance
 	switch {
 	case a.found != nil && a.found.over():
@@ -469,7 +484,11 @@ func (b *Backend) makeReady(ctx context.Context, order worker.Order, a *attempt)
 		return worker.Ready{}, errOver // it ended before it was on record
 	default:
 		progress("creating the instance")
-		if i, err = b.create(ctx, a, machine); err != nil {
+		data, err := userDataOf(a.identity, a.params, private, order.LoginKey, order.Grant.Environment)
+		if err != nil {
+			return worker.Ready{}, err
+		}
+		if i, err = b.create(ctx, a, data); err != nil {
 			return worker.Ready{}, err
 		}
 	}
@@ -502,6 +521,61 @@ func (b *Backend) makeReady(ctx context.Context, order worker.Order, a *attempt)
 	return ready, nil
 }
 
+// userDataOf renders the user-data of an attempt. What is too large for EC2 may be
+// small enough for other backends.
+func userDataOf(id identity, p params, hostKey redact.Secret, login string, environment map[string]string) ([]byte, error) {
+	machine := guestapi.Machine{
+		Guest: guestapi.Config{
+			Version: guestapi.ConfigVersion, HostKey: guestapi.NewHostKey(string(hostKey.Expose())), AuthorizedKeys: []string{login},
+			ListenPort: sshPort, Environment: environment,
+		},
+		GrantID: id.grant.String(), Attempt: id.attempt, Deadline: wholeSeconds(p.ValidTo),
+		Image: guestapi.MachineImage(p.MachineImage), AtEnd: guestapi.AtEndPowerOff,
+	}
+	document, err := guestapi.EncodeMachine(machine)
+	if err != nil {
+		return nil, backenderr.Wrap(backenderr.GrantInvalid, err, "the instance's configuration")
+	}
+	data, err := userdata.Render(userdata.Spec{
+		GuestURL: p.GuestURL, GuestSHA256: p.GuestSHA256, Machine: document, Deadline: machine.Deadline, PowerOffAtEnd: true,
+	})
+	if err != nil {
+		return nil, backenderr.New(backenderr.GrantNotSatisfiable, "grant.environment: %v", err)
+	}
+	return data, nil
+}
+
+// signedBytes is as long as pre-signed addresses of S3 get, with the token of a
+// role's credentials.
+const signedBytes = 2 << 10
+
+// tryUserData renders user-data like that of a grant, to see that it fits: with a
+// usual login key, and with addresses that compress as badly as signatures do.
+func (b *Backend) tryUserData(grant backend.Grant) error {
+	key, err := sshkey.GenerateLoginKey()
+	if err != nil {
+		return err
+	}
+	address := func(base string) string {
+		if _, _, signed := cutBucket(base); !signed {
+			return base
+		}
+		random := make([]byte, base64.RawURLEncoding.DecodedLen(signedBytes))
+		_, _ = rand.Read(random) // Never fails.
+		return "https://example.invalid/?" + base64.RawURLEncoding.EncodeToString(random)
+	}
+	var guest string
+	for _, source := range b.store.guests {
+		guest = source.url
+	}
+	p := params{
+		ValidTo: grant.ValidTo, GuestURL: address(guest), GuestSHA256: hex.EncodeToString(grant.ID[:]),
+		MachineImage: artifact{URL: address(b.store.base), Digest: grant.Image.Digest.String(), MaxBytes: b.store.maximum},
+	}
+	_, err = userDataOf(identity{grant.ID, 1}, p, key.Private, key.Public.String(), grant.Environment)
+	return err
+}
+
 // wholeSeconds returns the first whole second that is not before a deadline:
 // neither timers of systemd's nor schedules have finer ones, and no instance may
 // end early.
@@ -514,19 +588,7 @@ func wholeSeconds(at time.Time) time.Time {
 }
 
 // create sends the attempt's create call: the very same one each time.
-func (b *Backend) create(ctx context.Context, a *attempt, machine guestapi.Machine) (instance, error) {
-	document, err := guestapi.EncodeMachine(machine)
-	if err != nil {
-		return instance{}, backenderr.Wrap(backenderr.GrantInvalid, err, "the instance's configuration")
-	}
-	data, err := userdata.Render(userdata.Spec{
-		GuestURL: a.params.GuestURL, GuestSHA256: a.params.GuestSHA256, Machine: document, Deadline: machine.Deadline, PowerOffAtEnd: true,
-	})
-	if err != nil {
-		return instance{}, backenderr.Invalid(backenderr.GrantInvalid, backenderr.Violation{
-			Field: "grant.environment", Description: "the instance's user-data can't be made: " + err.Error(),
-		})
-	}
+func (b *Backend) create(ctx context.Context, a *attempt, data []byte) (instance, error) {
 	if err := b.env.Journal.Check(ctx, a.grant); err != nil {
 		return instance{}, err
 	}
@@ -707,11 +769,13 @@ func (b *Backend) bootFailed(ctx context.Context, a *attempt, i instance) error 
 	if err := stateReasonError(i.reasonCode, i.reason); err != nil {
 		return err
 	}
-	console := b.console(ctx, a.region, i.id, func(text []byte) bool {
-		_, ok := guestapi.FindVerdict(text, a.grant.String(), a.attempt)
-		return ok
-	})
-	verdict, ok := guestapi.FindVerdict(console, a.grant.String(), a.attempt)
+	// EC2 may show the console of a moment ago, when the guest was ready.
+	over := func(text []byte) (guestapi.Verdict, bool) {
+		v, ok := guestapi.FindVerdict(text, a.grant.String(), a.attempt)
+		return v, ok && v.Phase != guestapi.PhaseReady
+	}
+	console := b.console(ctx, a.region, i.id, func(text []byte) bool { _, ok := over(text); return ok })
+	verdict, ok := over(console)
 	if !ok {
 		return backenderr.New(backenderr.WorkloadFailed, "instance %s ended before it was ready: %s", i.id, orUnknown(i.reason)).WithConsole(string(console))
 	}
@@ -719,17 +783,34 @@ func (b *Backend) bootFailed(ctx context.Context, a *attempt, i instance) error 
 	if slices.Contains(verdictReasons, backenderr.Reason(verdict.Reason)) {
 		reason = backenderr.Reason(verdict.Reason)
 	}
+	if backenderr.Reason(verdict.Reason) == backenderr.HostUnfit {
+		b.log.WarnContext(ctx, "A guest says that its machine is unfit", "grant_id", a.grant.String(), "instance_id", i.id, "message", verdict.Message)
+	}
 	message := verdict.Message
-	if message == "" {
+	switch {
+	case message != "":
+	case verdict.Signal != "":
+		message = "the workload ended before it was ready, by signal " + verdict.Signal
+	case verdict.Code != nil:
+		message = fmt.Sprintf("the workload ended before it was ready, with exit code %d", *verdict.Code)
+	default:
 		message = "the workload ended before it was ready"
+	}
+	// What follows is the machine's shutdown, and would be all that is left of a
+	// console whose end is kept.
+	if end := bytes.LastIndex(console, []byte(guestapi.VerdictPrefix)); end >= 0 {
+		if rest := bytes.IndexAny(console[end:], "\r\n"); rest >= 0 {
+			console = console[:end+rest]
+		}
 	}
 	return backenderr.New(reason, "instance %s: %s", i.id, message).WithConsole(string(console))
 }
 
 // verdictReasons are what a guest may say of itself. It is the tenant's machine:
-// nothing that would send the grant elsewhere, or blame the account.
+// nothing that would send the grant elsewhere, or blame the account. Whatever else
+// it says, such as that the machine is unfit, is in the message.
 var verdictReasons = []backenderr.Reason{
-	backenderr.ImageUnavailable, backenderr.ImageHashMismatch, backenderr.ImageInvalid, backenderr.WorkloadFailed, backenderr.HostUnfit,
+	backenderr.ImageUnavailable, backenderr.ImageHashMismatch, backenderr.ImageInvalid, backenderr.WorkloadFailed,
 }
 
 func orUnknown(reason string) string {

@@ -85,7 +85,7 @@ func (s *store) guest(ctx context.Context, arch string) (address, sum string, er
 		return "", "", backenderr.New(backenderr.GrantNotSatisfiable, "there is no guest for %s (backend.guest.%s)", arch, arch).WithCreated(backenderr.CreatedNone)
 	}
 	if bucket, key, ok := cutBucket(source.url); ok {
-		address, err = s.presign(ctx, bucket, key, time.Time{})
+		address, err = s.presign(ctx, bucket, key)
 		return address, source.sha256, err
 	}
 	return source.url, source.sha256, nil
@@ -93,9 +93,9 @@ func (s *store) guest(ctx context.Context, arch string) (address, sum string, er
 
 // image returns where an instance fetches a grant's image. It has looked that
 // there is something: a missing image fails with IMAGE_UNAVAILABLE here, and not
-// in an instance that costs money. An address in a bucket works until the time
-// given, or as long as the configuration says if that is shorter.
-func (s *store) image(ctx context.Context, order worker.Order, until time.Time) (guestapi.MachineImage, error) {
+// in an instance that costs money. An address in a bucket works as long as the
+// configuration says.
+func (s *store) image(ctx context.Context, order worker.Order) (guestapi.MachineImage, error) {
 	want := order.Grant.Image.Digest
 	digest := imagestore.Digest{Algorithm: imagestore.Algorithm(want.Algorithm.String()), Sum: want.Sum}
 	path, err := imagestore.Image{Digest: digest, Pointer: order.ImagePointer}.Path(s.base)
@@ -105,7 +105,7 @@ func (s *store) image(ctx context.Context, order worker.Order, until time.Time) 
 	// Segments are of unreserved characters only, so that joining is all.
 	address := s.base + "/" + path
 	if bucket, prefix, ok := cutBucket(s.base); ok {
-		if address, err = s.presign(ctx, bucket, strings.TrimPrefix(prefix+"/"+path, "/"), until); err != nil {
+		if address, err = s.presign(ctx, bucket, strings.TrimPrefix(prefix+"/"+path, "/")); err != nil {
 			return guestapi.MachineImage{}, err
 		}
 	}
@@ -116,11 +116,8 @@ func (s *store) image(ctx context.Context, order worker.Order, until time.Time) 
 }
 
 // presign signs an address of a bucket's object for reading.
-func (s *store) presign(ctx context.Context, bucket, key string, until time.Time) (string, error) {
+func (s *store) presign(ctx context.Context, bucket, key string) (string, error) {
 	lifetime := s.config.ImageStore.URLLifetime.Duration
-	if !until.IsZero() {
-		lifetime = min(lifetime, max(minURLLifetime, time.Until(until)))
-	}
 	request, err := s.sign.PresignGetObject(ctx, &s3.GetObjectInput{Bucket: aws.String(bucket), Key: aws.String(key)}, s3.WithPresignExpires(lifetime))
 	if err != nil {
 		return "", classify(err, "sign the address of s3://"+bucket+"/"+key).WithCreated(backenderr.CreatedNone)

@@ -73,16 +73,9 @@ func (b *Backend) watch(ctx context.Context, r *region, id identity, usage func(
 		}
 		switch {
 		case found && i.over():
-			return b.exitOf(ctx, r, i), nil
+			return b.unlessSaved(ctx, id, b.exitOf(ctx, r, i))
 		case missed > 1 && seen.After(settled):
-			saved, err := b.env.Journal.SavedLog(ctx, id.grant)
-			switch {
-			case err != nil:
-				return backend.Exit{}, err
-			case saved != nil && saved.Attempt == id.attempt:
-				return saved.Exit, nil
-			}
-			return backend.Exit{Reason: backend.EndVanished, Message: "EC2 shows the instance no more"}, nil
+			return b.unlessSaved(ctx, id, backend.Exit{Reason: backend.EndVanished, Message: "EC2 shows the instance no more"})
 		}
 		if now := time.Now(); now.Sub(reported) >= b.config.UsageInterval.Duration && found {
 			// What is allocated follows from the time; what CloudWatch measures
@@ -91,6 +84,22 @@ func (b *Backend) watch(ctx context.Context, r *region, id identity, usage func(
 			usage(backend.Usage{})
 		}
 	}
+}
+
+// unlessSaved returns an exit, or the one on record if this one knows of no cause:
+// another replica may have ended the instance, and has said why before it did.
+func (b *Backend) unlessSaved(ctx context.Context, id identity, exit backend.Exit) (backend.Exit, error) {
+	if exit.Reason != backend.EndVanished {
+		return exit, nil
+	}
+	saved, err := b.env.Journal.SavedLog(ctx, id.grant)
+	switch {
+	case err != nil:
+		return backend.Exit{}, err
+	case saved != nil && saved.Attempt == id.attempt:
+		return saved.Exit, nil
+	}
+	return exit, nil
 }
 
 // exitOf says how an instance ended that runs no more.
