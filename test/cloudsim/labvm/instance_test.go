@@ -412,10 +412,14 @@ func TestLongTheDeadlineEndsAMachineThatNobodyWatches(t *testing.T) {
 		name  string
 		kind  ociimage.Kind
 		after time.Duration
+		// breaks is a command of the machine once the workload runs.
+		breaks string
 	}{
-		{"a workload that goes on SIGTERM", ociimage.Shell, 40 * time.Second},
-		{"a workload that ignores SIGTERM", ociimage.Stubborn, 40 * time.Second},
-		{"a deadline that has passed when it boots", ociimage.Shell, 0},
+		{"a workload that goes on SIGTERM", ociimage.Shell, 40 * time.Second, ""},
+		{"a workload that ignores SIGTERM", ociimage.Stubborn, 40 * time.Second, ""},
+		{"a deadline that has passed when it boots", ociimage.Shell, 0, ""},
+		// As where it has no processes left; in the lab they are this machine's own.
+		{"a machine that can start nothing", ociimage.Shell, 40 * time.Second, "mv /usr/bin/env /usr/bin/no-env"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -425,12 +429,37 @@ func TestLongTheDeadlineEndsAMachineThatNobodyWatches(t *testing.T) {
 			if tc.after > 0 {
 				s.verdict(m, guestapi.PhaseReady)
 			}
+			if tc.breaks != "" {
+				if out, err := m.Host().Exec(t.Context(), "sh", "-c", tc.breaks); err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+			}
 			isOff(t, m, time.Until(deadline)+time.Minute)
 			if early := time.Until(deadline); early > 0 {
 				t.Errorf("it was off %v before its deadline", early)
 			}
 			t.Logf("off %v after the deadline", time.Since(deadline))
 		})
+	}
+}
+
+// A machine that was reset between its workload's end and its power-off powers off
+// when it boots again.
+func TestLongAnEndedMachineThatBootsAgainPowersOff(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "", ociimage.Shell)
+	m := s.start()
+	s.verdict(m, guestapi.PhaseReady)
+	// What the first boot enables for the next is enabled at cloud-init's end.
+	if out, err := m.Host().Exec(t.Context(), "sh", "-c", "cloud-init status --wait; touch /var/lib/compute-bridge/ended; sync"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if err := m.hardReset(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	isOff(t, m, patience)
+	if shown := string(m.Console()); strings.Count(shown, guestapi.VerdictPrefix) != 1 {
+		t.Error("the second boot gives a verdict")
 	}
 }
 
