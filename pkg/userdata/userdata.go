@@ -156,11 +156,13 @@ func render(s Spec) ([]byte, error) {
 	}
 	values := struct {
 		Guest, Deadline string
+		PowerOff        bool
 		Units, Files    []file
 	}{
 		Guest: GuestPath(s.GuestSHA256),
 		// systemd.time(7).
 		Deadline: s.Deadline.UTC().Format("2006-01-02 15:04:05") + " UTC",
+		PowerOff: s.PowerOffAtEnd,
 	}
 	all, err := template.New("").Delims("[[", "]]").Option("missingkey=error").
 		Funcs(template.FuncMap{"base64": func(text string) string {
@@ -185,6 +187,9 @@ func render(s Spec) ([]byte, error) {
 	}
 	for _, name := range names {
 		name = path.Base(name)
+		if name == "compute-bridge-ended.service" && !s.PowerOffAtEnd {
+			continue
+		}
 		content, err := execute(name)
 		if err != nil {
 			return nil, fmt.Errorf("render user-data: %w", err)
@@ -227,8 +232,9 @@ func (s Spec) validate() error {
 		return errors.New("user-data: the machine's file is not JSON")
 	case s.Deadline.IsZero() || s.Deadline.Nanosecond() != 0:
 		return errors.New("user-data: the deadline is not a time in whole seconds")
-	case s.Deadline.UTC().Year() < 1970 || s.Deadline.UTC().Year() > 9999:
-		return errors.New("user-data: the deadline is not in the years 1970 to 9999")
+	case s.Deadline.UTC().Year() < 1970 || s.Deadline.UTC().Year() > 2199:
+		// Those of systemd's calendar: it refuses a timer with others, and nothing would end the machine.
+		return errors.New("user-data: the deadline is not in the years 1970 to 2199")
 	}
 	return nil
 }

@@ -232,12 +232,47 @@ func TestSpecThatCannotWorkIsRefused(t *testing.T) {
 		"machine":  func(s *userdata.Spec) { s.Machine = []byte("hunter2") },
 		"deadline": func(s *userdata.Spec) { s.Deadline = time.Time{} },
 		"fraction": func(s *userdata.Spec) { s.Deadline = s.Deadline.Add(1) },
-		"year":     func(s *userdata.Spec) { s.Deadline = time.Date(12000, 1, 1, 0, 0, 0, 0, time.UTC) },
+		"1969":     func(s *userdata.Spec) { s.Deadline = time.Date(1969, 12, 31, 23, 59, 59, 0, time.UTC) },
+		"2200":     func(s *userdata.Spec) { s.Deadline = time.Date(2200, 1, 1, 0, 0, 0, 0, time.UTC) },
 	} {
 		s := spec()
 		change(&s)
 		if _, err := userdata.Render(s); err == nil || strings.Contains(err.Error(), "hunter2") {
 			t.Errorf("%s: got %v", name, err)
+		}
+	}
+}
+
+// The last second of systemd's calendar: systemd-analyze calendar '2199-12-31 23:59:59 UTC'.
+func TestDeadlineMayBeAllThatTheTimerCanBe(t *testing.T) {
+	for _, deadline := range []time.Time{time.Unix(0, 0), time.Date(2199, 12, 31, 23, 59, 59, 0, time.UTC)} {
+		s := spec()
+		s.Deadline = deadline
+		if _, err := userdata.Render(s); err != nil {
+			t.Errorf("%v: %v", deadline, err)
+		}
+	}
+}
+
+// Where a stopped machine goes on costing, only the deadline powers it off.
+func TestMachineThatStaysHasNoUnitThatPowersOff(t *testing.T) {
+	for _, powerOff := range []bool{true, false} {
+		s := spec()
+		s.PowerOffAtEnd = powerOff
+		c, files := read(t, render(t, s))
+		for name, content := range files {
+			if path.Base(name) != "compute-bridge-deadline.service" && strings.Contains(content, "Action=poweroff") && !powerOff {
+				t.Errorf("%s powers off:\n%s", name, content)
+			}
+			if strings.Contains(content, "[[") || strings.Contains(content, "]]") {
+				t.Errorf("%s is not rendered:\n%s", name, content)
+			}
+		}
+		const ended = "compute-bridge-ended.service"
+		_, written := files["/etc/systemd/system/"+ended]
+		enabled := slices.ContainsFunc(c.Runcmd, func(command []string) bool { return slices.Contains(command, ended) })
+		if written != powerOff || enabled != powerOff {
+			t.Errorf("power-off %v: %s is written: %v, enabled: %v", powerOff, ended, written, enabled)
 		}
 	}
 }
@@ -258,6 +293,7 @@ func FuzzNoValueBreaksOut(f *testing.F) {
 	f.Add("/%s%n$HOME\n#", `"[[.Guest]] {{ds.meta_data}} ## template: jinja"`, int64(0))
 	f.Add("", "null", int64(1e11))
 	f.Add("\xca\xed\xa1", "0", int64(1))
+	f.Add("", "1", time.Date(2199, 12, 31, 23, 59, 59, 0, time.UTC).Unix())
 	plain, plainFiles := read(f, render(f, spec()))
 	f.Fuzz(func(t *testing.T, suffix, machine string, unix int64) {
 		s := spec()

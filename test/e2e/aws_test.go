@@ -283,7 +283,7 @@ func TestLongAnInstanceOutlivesAReboot(t *testing.T) {
 	if !ok {
 		t.Fatal("the instance has no machine")
 	}
-	out, err := m.Host().Exec(t.Context(), "sh", "-c", `kill -TERM "$(pgrep -x sh -P "$(systemctl show -P MainPID compute-bridge-workload.service)")"`)
+	out, err := m.Host().Exec(t.Context(), "sh", "-c", `main=$(systemctl show -P MainPID compute-bridge-workload.service) && kill -TERM "$(pgrep -x sh -P "$main,$(pgrep -d, -P "$main")")"`)
 	if err != nil {
 		t.Fatalf("end the workload: %v\n%s", err, out)
 	}

@@ -200,9 +200,9 @@ func validateDeadline(deadline time.Time) error {
 		return errors.New("is required")
 	case deadline.Nanosecond() != 0:
 		return errors.New("has a fraction of a second")
-	case deadline.UTC().Year() < 1970 || deadline.UTC().Year() > 9999:
-		// Neither JSON nor systemd's calendar has others.
-		return errors.New("is not in the years 1970 to 9999")
+	case deadline.UTC().Year() < 1970 || deadline.UTC().Year() > 2199:
+		// systemd's calendar has no others, so that no timer could end the machine.
+		return errors.New("is not in the years 1970 to 2199")
 	}
 	return nil
 }

@@ -56,6 +56,16 @@ func TestMachineComesBackAsItWas(t *testing.T) {
 	}
 }
 
+func TestMachineDeadlineMayBeAllThatATimerCanBe(t *testing.T) {
+	machine := fullMachine(t)
+	for _, deadline := range []time.Time{time.Unix(0, 0), time.Date(2199, 12, 31, 23, 59, 59, 0, time.UTC)} {
+		machine.Deadline = deadline
+		if err := machine.Validate(); err != nil {
+			t.Errorf("%v: %v", deadline, err)
+		}
+	}
+}
+
 func TestMachineDeadlineIsWrittenInUTC(t *testing.T) {
 	machine := fullMachine(t)
 	want, err := guestapi.EncodeMachine(machine)
@@ -82,7 +92,8 @@ func TestMachineRefusesWhatNoGuestCanDo(t *testing.T) {
 		"attempt":              {func(m *guestapi.Machine) { m.Attempt = 0 }, "attempt: "},
 		"no deadline":          {func(m *guestapi.Machine) { m.Deadline = time.Time{} }, "deadline: "},
 		"fraction":             {func(m *guestapi.Machine) { m.Deadline = m.Deadline.Add(1) }, "deadline: "},
-		"year":                 {func(m *guestapi.Machine) { m.Deadline = time.Date(10000, 1, 1, 0, 0, 0, 0, time.UTC) }, "deadline: "},
+		"before 1970":          {func(m *guestapi.Machine) { m.Deadline = time.Unix(-1, 0) }, "deadline: "},
+		"after 2199":           {func(m *guestapi.Machine) { m.Deadline = time.Date(2200, 1, 1, 0, 0, 0, 0, time.UTC) }, "deadline: "},
 		"end":                  {func(m *guestapi.Machine) { m.AtEnd = "reboot" }, "at_end: "},
 		"no URL":               {func(m *guestapi.Machine) { m.Image.URL = "" }, "image.url: "},
 		"scheme":               {func(m *guestapi.Machine) { m.Image.URL = "file:///etc/shadow" }, "image.url: "},

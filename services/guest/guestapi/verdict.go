@@ -24,7 +24,7 @@ const (
 	PhaseExited = "exited"
 )
 
-// Reasons of a failed [Verdict]: names of the bridge's error reasons.
+// Reasons of a failed [Verdict]: names of the bridge's error reasons. [ReasonOutOfMemory] is none of them.
 const (
 	// ReasonImageUnavailable says that the image is not there, or can't be fetched.
 	ReasonImageUnavailable = "IMAGE_UNAVAILABLE"
@@ -36,6 +36,8 @@ const (
 	ReasonWorkloadFailed = "WORKLOAD_FAILED"
 	// ReasonHostUnfit says that the machine is to blame: a full disk, a unit that could not be started.
 	ReasonHostUnfit = "HOST_UNFIT"
+	// ReasonOutOfMemory says that the OOM killer ended the workload after it had run: the name of an end, not an error.
+	ReasonOutOfMemory = "OUT_OF_MEMORY"
 )
 
 // Verdict is a line that the guest of a virtual machine prints to the machine's console, for the bridge to read. It is
@@ -47,7 +49,7 @@ type Verdict struct {
 	Attempt uint32 `json:"attempt"`
 	// Phase is [PhaseReady], [PhaseFailed] or [PhaseExited].
 	Phase string `json:"phase"`
-	// Reason is why it failed; empty in the other phases.
+	// Reason is why it failed. In [PhaseExited] it is [ReasonOutOfMemory] or empty, in [PhaseReady] empty.
 	Reason string `json:"reason,omitempty"`
 	// Code is the workload's exit code, nil where there is none.
 	Code *int32 `json:"code,omitempty"`

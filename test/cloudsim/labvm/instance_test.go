@@ -189,6 +189,17 @@ func (s *site) ssh(ctx context.Context, m *Machine, command ...string) *exec.Cmd
 	}, command...)...)
 }
 
+// asRoot runs a command of the workload's root by SSH.
+func (s *site) asRoot(m *Machine, command string) (string, error) {
+	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), time.Minute)
+	defer cancel()
+	cmd := s.ssh(ctx, m, command)
+	cmd.Args[len(cmd.Args)-2] = "root@" + m.Addr().String()
+	out, err := cmd.CombinedOutput()
+	return strings.TrimSpace(string(out)), err
+}
+
 // says runs a command by SSH, which must succeed, and returns what it prints.
 func (s *site) says(m *Machine, command string) string {
 	s.t.Helper()
@@ -246,6 +257,8 @@ func (s *site) isShut(m *Machine) {
 		t.Errorf("the workload reaches the metadata service (%v):\n%s", err, out)
 	}
 	s.says(m, "test ! -e /run/systemd/private && test ! -e /run/dbus/system_bus_socket && test ! -e /etc/compute-bridge && test ! -r /proc/1/root/etc")
+	// With a /proc of its own, too, it can't set the kernel's core_pattern.
+	s.says(m, "grep -q ' /proc/sys ro' /proc/self/mountinfo")
 	if shown := string(m.Console()); strings.Contains(shown, "failed schema validation") {
 		t.Error("cloud-init doesn't like the user-data")
 	}
@@ -277,8 +290,44 @@ func (s *site) runsToItsEnd(m *Machine) {
 	isOff(s.t, m, time.Minute)
 }
 
-// workloadShell finds the image's command: the one whose parent is the guest.
-const workloadShell = `main=$(systemctl show -P MainPID compute-bridge-workload.service) && pid=$(pgrep -P "$main" -x sh)`
+// workloadShell finds the image's command: its parent is the guest, which is the
+// unit's main process or that one's only child.
+const workloadShell = `main=$(systemctl show -P MainPID compute-bridge-workload.service) && pid=$(pgrep -P "$main,$(pgrep -d, -P "$main")" -x sh)`
+
+// From systemd 257 the workload has processes of its own: its root finds neither the
+// machine's PID 1 nor the timer of the deadline, and what it does to its own PID 1,
+// the guest, ends the machine.
+func TestTheWorkloadsRootCannotReachTheMachinesPID1(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "", ociimage.Shell)
+	m := s.start()
+	s.verdict(m, guestapi.PhaseReady)
+	machines, err := m.Host().Exec(t.Context(), "readlink", "/proc/self/ns/pid")
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := `set -e
+		test "$(id -u)" = 0
+		readlink /proc/1/ns/pid
+		cat /proc/[0-9]*/comm`
+	out, err := s.asRoot(m, script)
+	own, comms, _ := strings.Cut(out, "\n")
+	if err != nil || !strings.HasPrefix(own, "pid:[") || own == strings.TrimSpace(machines) || strings.Contains(comms, "systemd") {
+		t.Errorf("the workload's root sees, in %s of %s (%v):\n%s", own, machines, err, comms)
+	}
+	// SIGRTMIN+13 would halt the machine, and an orphan that nobody waits for would stay.
+	if out, err := s.asRoot(m, `kill -47 1; kill -KILL 1; sh -c 'sleep 0.1 & exit'
+		for i in $(seq 100); do sleep 0.1; grep -qs '^State:.*Z' /proc/[0-9]*/status || exit 0; done; exit 1`); err != nil {
+		t.Errorf("signals to PID 1 (%v):\n%s", err, out)
+	}
+	if out, err := m.Host().Exec(t.Context(), "systemctl", "is-active", "compute-bridge-deadline.timer", "compute-bridge-workload.service"); err != nil {
+		t.Errorf("after signals (%v):\n%s", err, out)
+	}
+	// On an older systemd this would freeze it, and the timer with it.
+	_, _ = s.asRoot(m, "kill -SEGV 1")
+	s.verdict(m, guestapi.PhaseExited)
+	isOff(t, m, time.Minute)
+}
 
 // An image that isn't what the grant says never runs.
 func TestAnImageWithAnotherDigestPowersTheMachineOff(t *testing.T) {
@@ -412,10 +461,14 @@ func TestLongTheDeadlineEndsAMachineThatNobodyWatches(t *testing.T) {
 		name  string
 		kind  ociimage.Kind
 		after time.Duration
+		// breaks is a command of the machine once the workload runs.
+		breaks string
 	}{
-		{"a workload that goes on SIGTERM", ociimage.Shell, 40 * time.Second},
-		{"a workload that ignores SIGTERM", ociimage.Stubborn, 40 * time.Second},
-		{"a deadline that has passed when it boots", ociimage.Shell, 0},
+		{"a workload that goes on SIGTERM", ociimage.Shell, 40 * time.Second, ""},
+		{"a workload that ignores SIGTERM", ociimage.Stubborn, 40 * time.Second, ""},
+		{"a deadline that has passed when it boots", ociimage.Shell, 0, ""},
+		// As where it has no processes left; in the lab they are this machine's own.
+		{"a machine that can start nothing", ociimage.Shell, 40 * time.Second, "mv /usr/bin/env /usr/bin/no-env"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -425,12 +478,37 @@ func TestLongTheDeadlineEndsAMachineThatNobodyWatches(t *testing.T) {
 			if tc.after > 0 {
 				s.verdict(m, guestapi.PhaseReady)
 			}
+			if tc.breaks != "" {
+				if out, err := m.Host().Exec(t.Context(), "sh", "-c", tc.breaks); err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+			}
 			isOff(t, m, time.Until(deadline)+time.Minute)
 			if early := time.Until(deadline); early > 0 {
 				t.Errorf("it was off %v before its deadline", early)
 			}
 			t.Logf("off %v after the deadline", time.Since(deadline))
 		})
+	}
+}
+
+// A machine that was reset between its workload's end and its power-off powers off
+// when it boots again.
+func TestLongAnEndedMachineThatBootsAgainPowersOff(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "", ociimage.Shell)
+	m := s.start()
+	s.verdict(m, guestapi.PhaseReady)
+	// What the first boot enables for the next is enabled at cloud-init's end.
+	if out, err := m.Host().Exec(t.Context(), "sh", "-c", "cloud-init status --wait; touch /var/lib/compute-bridge/ended; sync"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	if err := m.hardReset(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	isOff(t, m, patience)
+	if shown := string(m.Console()); strings.Count(shown, guestapi.VerdictPrefix) != 1 {
+		t.Error("the second boot gives a verdict")
 	}
 }
 

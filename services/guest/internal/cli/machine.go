@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"syscall"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/account"
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/execpath"
 	"github.com/compute-bridge/compute-bridge/services/guest/internal/machine"
+	"github.com/compute-bridge/compute-bridge/services/guest/internal/reaper"
 )
 
 // notifyVariable is where systemd wants to hear that a service is ready, sd_notify(3).
@@ -34,7 +36,12 @@ func runMachine(ctx context.Context, args []string, std Streams, logger *slog.Lo
 	case "prepare":
 		err = this.Prepare(ctx)
 	case "run":
-		return runInMachine(ctx, std, logger)
+		if os.Getpid() == 1 {
+			return runAsInit(logger)
+		}
+		return runInMachine(ctx, tellSystemd, std, logger)
+	case serveInMachine:
+		return runInMachine(ctx, tellInit, std, logger)
 	case "ready":
 		err = this.Ready()
 	case "end":
@@ -52,9 +59,56 @@ func runMachine(ctx context.Context, args []string, std Streams, logger *slog.Lo
 	return exitOK
 }
 
-// runInMachine is the workload's unit. There is no PID 1 to be: systemd reaps orphans. What systemd has put into the
-// environment stays here; the workload gets what a container engine gives.
-func runInMachine(ctx context.Context, std Streams, logger *slog.Logger) int {
+// serveInMachine is the command that runAsInit runs. It isn't for people.
+const serveInMachine = "serve"
+
+// readyDescriptor is where serveInMachine says that SSH is open.
+const readyDescriptor = 3
+
+// runAsInit is the workload's unit where systemd (257) gives it processes of its own: there the guest is PID 1, and
+// reaps what the workload leaves behind, as in a container. systemd listens to PID 1 only (NotifyAccess=main), so this
+// process passes on that SSH is open.
+func runAsInit(logger *slog.Logger) int {
+	defer ignoreBrokenPipes()()
+	ready, tell, err := os.Pipe()
+	if err != nil {
+		logger.Error("The guest cannot start", "error", err)
+		return guestapi.ExitGuestFailed
+	}
+	go func() {
+		if n, _ := ready.Read(make([]byte, 1)); n > 0 {
+			tellSystemd(logger)
+		}
+	}()
+	code, err := reaper.Run(self, []string{"guest", "machine", serveInMachine}, tell)
+	if err != nil {
+		logger.Error("The guest cannot start", "error", err)
+		return guestapi.ExitGuestFailed
+	}
+	return code
+}
+
+// tellSystemd says that SSH is open.
+func tellSystemd(logger *slog.Logger) {
+	if _, err := daemon.SdNotify(true, daemon.SdNotifyReady); err != nil {
+		logger.Warn("The system could not be told that SSH is open", "reason", err)
+	}
+}
+
+// tellInit says it to runAsInit.
+func tellInit(logger *slog.Logger) {
+	pipe := os.NewFile(readyDescriptor, "ready")
+	if _, err := pipe.Write([]byte{1}); err != nil {
+		logger.Warn("The system could not be told that SSH is open", "reason", err)
+	}
+	_ = pipe.Close()
+}
+
+// runInMachine is the workload's unit, or what runs below runAsInit. Without that, systemd reaps orphans. What systemd
+// has put into the environment stays here; the workload gets what a container engine gives.
+func runInMachine(ctx context.Context, tell func(*slog.Logger), std Streams, logger *slog.Logger) int {
+	// Nothing that is started here inherits it.
+	syscall.CloseOnExec(readyDescriptor)
 	environ := []string{"PATH=" + execpath.DefaultPath, "HOME=" + account.Open("/").Login(account.RootName).Home}
 	if hostname, err := os.Hostname(); err == nil {
 		environ = append(environ, "HOSTNAME="+hostname)
@@ -67,9 +121,5 @@ func runInMachine(ctx context.Context, std Streams, logger *slog.Logger) int {
 			return guestapi.ExitGuestFailed
 		}
 	}
-	return serve(ctx, guestapi.ContainerConfigPath, environ, func() {
-		if _, err := daemon.SdNotify(true, daemon.SdNotifyReady); err != nil {
-			logger.Warn("The system could not be told that SSH is open", "reason", err)
-		}
-	}, std, logger)
+	return serve(ctx, guestapi.ContainerConfigPath, environ, func() { tell(logger) }, std, logger)
 }

@@ -1,6 +1,7 @@
 package machine
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -21,10 +22,13 @@ import (
 const WorkloadUnit = "compute-bridge-workload.service"
 
 const (
-	// tailLines is how much of the workload's output the console shows: errors carry some 2 KiB of a console.
+	// tailLines and tailBytes are how much of the workload's output the console shows: errors carry some 2 KiB of a
+	// console, and a console is slow and keeps its last 64 KiB, so that long lines would push out what came before.
 	tailLines = 15
-	// commandTimeout bounds each question to systemd.
-	commandTimeout = 10 * time.Second
+	tailBytes = 4 << 10
+	// commandTimeout bounds all questions to systemd together, and each way to power off. There are two of these, so that
+	// all fit into the unit's TimeoutStopSec, 25 s.
+	commandTimeout = 8 * time.Second
 	// lastUnitStatus and firstUnitStatus are the exit codes that systemd itself uses, systemd.exec(5).
 	firstUnitStatus = 200
 	lastUnitStatus  = 245
@@ -36,7 +40,9 @@ type system interface {
 	Stopping(ctx context.Context) bool
 	// Tail returns the last lines of the unit's output.
 	Tail(ctx context.Context, unit string, lines int) ([]byte, error)
-	// PowerOff begins to power off.
+	// OOMKilled says that the OOM killer has taken a process of the unit that this process belongs to.
+	OOMKilled() bool
+	// PowerOff begins to power off. It bounds its own time.
 	PowerOff(ctx context.Context) error
 }
 
@@ -61,10 +67,42 @@ func (systemd) Tail(ctx context.Context, unit string, lines int) ([]byte, error)
 
 // PowerOff implements system.
 func (systemd) PowerOff(ctx context.Context) error {
-	if exec.CommandContext(ctx, "systemctl", "--no-block", "poweroff").Run() == nil {
+	run := func(args ...string) error {
+		ctx, cancel := context.WithTimeout(ctx, commandTimeout)
+		defer cancel()
+		return exec.CommandContext(ctx, "systemctl", args...).Run() // #nosec G204 -- constants, see below
+	}
+	if run("--no-block", "poweroff") == nil {
 		return nil
 	}
-	return exec.CommandContext(ctx, "systemctl", "--force", "--force", "poweroff").Run()
+	return run("--force", "--force", "poweroff")
+}
+
+// OOMKilled implements system. What it can't read it doesn't claim.
+func (systemd) OOMKilled() bool {
+	groups, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return false
+	}
+	for line := range strings.Lines(string(groups)) {
+		if group, ok := strings.CutPrefix(strings.TrimSpace(line), "0::"); ok {
+			events, err := os.ReadFile(filepath.Join("/sys/fs/cgroup", group, "memory.events"))
+			return err == nil && oomKills(events) > 0
+		}
+	}
+	return false
+}
+
+// oomKills is how many processes of a control group the OOM killer has taken: of cgroups(7)'s memory.events. It counts
+// those for whom the whole machine was short, too.
+func oomKills(events []byte) uint64 {
+	for line := range strings.Lines(string(events)) {
+		if text, ok := strings.CutPrefix(line, "oom_kill "); ok {
+			n, _ := strconv.ParseUint(strings.TrimSpace(text), 10, 64)
+			return n
+		}
+	}
+	return 0
 }
 
 // Result is how systemd says that a unit ended: $SERVICE_RESULT, $EXIT_CODE and $EXIT_STATUS, systemd.exec(5).
@@ -87,9 +125,9 @@ func (m *Machine) Ready() error {
 // End tells the console how the workload ended, and powers the machine off if that is to be. When the machine goes down
 // or reboots it does nothing: the workload is then to run again, or the deadline has come.
 func (m *Machine) End(ctx context.Context, result Result) error {
-	ctx, cancel := context.WithTimeout(ctx, commandTimeout)
+	asking, cancel := context.WithTimeout(ctx, commandTimeout)
 	defer cancel()
-	if m.system.Stopping(ctx) {
+	if m.system.Stopping(asking) {
 		return nil
 	}
 	config, err := m.config()
@@ -98,17 +136,17 @@ func (m *Machine) End(ctx context.Context, result Result) error {
 	}
 	_, err = os.Stat(filepath.Join(m.dirs.Run, readyFile))
 	ready := err == nil
-	tail, tailErr := m.system.Tail(ctx, WorkloadUnit, tailLines)
+	tail, tailErr := m.system.Tail(asking, WorkloadUnit, tailLines)
 	if tailErr != nil {
 		m.logger.Warn("The workload's output can't be read", "reason", tailErr)
 	}
-	verdict := judge(result, ready, tail)
+	verdict := judge(result, ready, m.system.OOMKilled(), tail)
 	verdict.Grant, verdict.Attempt = config.GrantID, config.Attempt
 
 	// Whatever else fails, the workload must not run twice, nor the machine for nothing.
 	err = m.mark(m.dirs.State, endedFile)
-	if len(tail) > 0 {
-		err = errors.Join(err, m.print(strings.TrimSuffix(string(tail), "\n")))
+	if shown := lastBytes(tail, tailBytes); len(shown) > 0 {
+		err = errors.Join(err, m.print(strings.TrimSuffix(string(shown), "\n")))
 	}
 	err = errors.Join(err, m.say(verdict))
 	if config.AtEnd == guestapi.AtEndPowerOff {
@@ -117,8 +155,23 @@ func (m *Machine) End(ctx context.Context, result Result) error {
 	return err
 }
 
-// judge makes a verdict of how the unit ended.
-func judge(result Result, ready bool, tail []byte) guestapi.Verdict {
+// lastBytes is the end of a text, from the beginning of a line if there is one.
+func lastBytes(text []byte, limit int) []byte {
+	if len(text) <= limit {
+		return text
+	}
+	cut := text[len(text)-limit:]
+	if text[len(text)-limit-1] == '\n' {
+		return cut
+	}
+	if _, whole, ok := bytes.Cut(cut, []byte("\n")); ok && len(whole) > 0 {
+		return whole
+	}
+	return cut
+}
+
+// judge makes a verdict of how the unit ended. oomKilled says that the OOM killer has taken a process of it.
+func judge(result Result, ready, oomKilled bool, tail []byte) guestapi.Verdict {
 	verdict := guestapi.Verdict{Phase: guestapi.PhaseExited}
 	number := -1
 	switch result.Code {
@@ -135,15 +188,23 @@ func judge(result Result, ready bool, tail []byte) guestapi.Verdict {
 	case "killed", "dumped":
 		verdict.Signal = strings.TrimPrefix(result.Status, "SIG")
 	}
-	if result.Result == "oom-kill" {
+	// systemd itself gives this result for a unit with another OOMPolicy than ours ("continue"): with ours it says only
+	// which signal it was. A process that was killed otherwise, after another of the unit's was taken for want of
+	// memory, can't be told from it; nothing is billed by a verdict.
+	outOfMemory := result.Result == "oom-kill" || oomKilled && verdict.Signal == "KILL"
+	if outOfMemory {
 		verdict.Message = "the machine ran out of memory"
 	}
 	if ready {
+		if outOfMemory {
+			verdict.Reason = guestapi.ReasonOutOfMemory
+		}
 		return verdict
 	}
 	verdict.Phase = guestapi.PhaseFailed
 	verdict.Reason = guestapi.ReasonWorkloadFailed
 	switch {
+	case outOfMemory:
 	case number == guestapi.ExitInvalidConfig || number == guestapi.ExitGuestFailed:
 		verdict.Reason = guestapi.ReasonHostUnfit
 		verdict.Message = "the guest could not run"

@@ -4,6 +4,7 @@
 package machine
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -156,7 +158,8 @@ func (m *Machine) prepare(ctx context.Context, config guestapi.Machine) *Failure
 	if err != nil {
 		return unfit(err)
 	}
-	if image == nil || image.Digest != config.Image.Digest {
+	kept := image != nil && image.Digest == config.Image.Digest
+	if !kept {
 		var failure *FailureError
 		if image, failure = m.unpack(ctx, config.Image); failure != nil {
 			return failure
@@ -166,7 +169,11 @@ func (m *Machine) prepare(ctx context.Context, config guestapi.Machine) *Failure
 	if err != nil {
 		return failed(guestapi.ReasonImageInvalid, "the image's configuration is refused: %v", err)
 	}
-	if err := m.furnish(); err != nil {
+	err = m.furnish()
+	if full := errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT); full && kept {
+		// The workload has filled the disk, and goes on with what the boot before has left.
+		m.logger.Warn("The disk is full, and not all of the machine's files were renewed", "reason", err)
+	} else if err != nil {
 		return unfit(err)
 	}
 	if err := writeFile(m.state(guestFile), guest); err != nil {
@@ -253,8 +260,12 @@ func syncAll(dir string) error {
 	return unix.Syncfs(int(f.Fd())) // #nosec G115 -- a descriptor
 }
 
-// writeFile replaces a file, whole or not at all, with mode 0600.
+// writeFile replaces a file, whole or not at all, with mode 0600. One that has these very bytes stays, which needs no
+// space on a disk that is full.
 func writeFile(name string, data []byte) error {
+	if old, err := os.ReadFile(name); err == nil && bytes.Equal(old, data) {
+		return nil
+	}
 	temp := name + ".new"
 	f, err := os.OpenFile(temp, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -314,23 +325,54 @@ func (m *Machine) furnish() error {
 			return err
 		}
 	}
-	if err := m.nameHosts(root); err != nil {
+	if err := makeOwn(root); err != nil {
 		return err
 	}
-	// The guest's own: nothing of the image's may be there.
+	return m.nameHosts(root)
+}
+
+// makeOwn makes what the unit mounts the guest and its configuration over. Nothing of the image's may be there.
+func makeOwn(root *os.Root) error {
 	own := filepath.Dir(guestapi.ContainerBinaryPath)[1:]
+	files := []string{guestapi.ContainerBinaryPath[1:], guestapi.ContainerConfigPath[1:]}
+	// What is right stays: a disk that is full may have no place for another.
+	if isOwn(root, own, files) {
+		return nil
+	}
 	if err := root.RemoveAll(own); err != nil {
 		return err
 	}
 	if err := haveDir(root, own, 0o755, true); err != nil {
 		return err
 	}
-	for _, name := range []string{guestapi.ContainerBinaryPath, guestapi.ContainerConfigPath} {
-		if err := newFile(root, name[1:], 0o600, ""); err != nil {
+	for _, name := range files {
+		if err := newFile(root, name, 0o600, ""); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// isOwn says that the directory is as makeOwn makes it.
+func isOwn(root *os.Root, dir string, files []string) bool {
+	info, err := root.Lstat(dir)
+	if err != nil || info.Mode() != fs.ModeDir|0o755 {
+		return false
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	entries, err := fs.ReadDir(root.FS(), dir)
+	return ok && int64(stat.Uid) == int64(os.Geteuid()) && err == nil && len(entries) == len(files) &&
+		!slices.ContainsFunc(files, func(name string) bool { return !isFile(root, name, 0o600, "") })
+}
+
+// isFile says that there is such a file, and no link to one.
+func isFile(root *os.Root, name string, mode os.FileMode, content string) bool {
+	info, err := root.Lstat(name)
+	if err != nil || info.Mode() != mode || info.Size() != int64(len(content)) {
+		return false
+	}
+	data, err := root.ReadFile(name)
+	return err == nil && string(data) == content
 }
 
 // haveDir makes a directory unless there is one, or, where that will do, a link to one.
@@ -368,17 +410,37 @@ func (m *Machine) nameHosts(root *os.Root) error {
 		"etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n127.0.1.1 " +
 			hostname + "\n",
 	} {
-		// An image may have a link there, to where a service of its own would write.
-		err := root.RemoveAll(name)
-		if err == nil {
-			err = newFile(root, name, 0o644, content)
+		if isFile(root, name, 0o644, content) {
+			continue
 		}
+		err := replaceFile(root, name, 0o644, content)
 		switch {
 		case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EIO):
 			return err
 		case err != nil:
 			m.logger.Warn("The image's file can't be replaced", "file", name, "reason", err)
 		}
+	}
+	return nil
+}
+
+// replaceFile puts a file where another, or a link or a directory, may be. On a disk that is full, what was there stays.
+func replaceFile(root *os.Root, name string, mode os.FileMode, content string) error {
+	temp := filepath.Join(filepath.Dir(name), ".compute-bridge.new")
+	if err := root.RemoveAll(temp); err != nil {
+		return err
+	}
+	if err := newFile(root, temp, mode, content); err != nil {
+		return errors.Join(err, root.RemoveAll(temp))
+	}
+	// An image may have a link there, to where a service of its own would write, which goes; a directory has to go first.
+	if info, err := root.Lstat(name); err == nil && info.IsDir() {
+		if err := root.RemoveAll(name); err != nil {
+			return errors.Join(err, root.RemoveAll(temp))
+		}
+	}
+	if err := root.Rename(temp, name); err != nil {
+		return errors.Join(err, root.RemoveAll(temp))
 	}
 	return nil
 }

@@ -24,6 +24,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -110,22 +111,31 @@ func archive(t *testing.T, files map[string]string) []byte {
 type fakeSystem struct {
 	mu       sync.Mutex
 	stopping bool
+	oom      bool
 	tail     string
+	hangs    bool  // Tail doesn't answer
+	late     error // of PowerOff's context
 	off      int
 }
 
 func (f *fakeSystem) Stopping(context.Context) bool { return f.stopping }
 
-func (f *fakeSystem) Tail(context.Context, string, int) ([]byte, error) {
+func (f *fakeSystem) OOMKilled() bool { return f.oom }
+
+func (f *fakeSystem) Tail(ctx context.Context, _ string, _ int) ([]byte, error) {
+	if f.hangs {
+		<-ctx.Done()
+	}
 	if f.tail == "" {
 		return nil, errors.New("no journal")
 	}
 	return []byte(f.tail), nil
 }
 
-func (f *fakeSystem) PowerOff(context.Context) error {
+func (f *fakeSystem) PowerOff(ctx context.Context) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.late = ctx.Err()
 	f.off++
 	return nil
 }
@@ -460,6 +470,73 @@ func TestFullDiskIsTheMachinesFault(t *testing.T) {
 	}
 }
 
+// fullDisk has the machine's state on a disk of its own, on which fill leaves no space.
+func fullDisk(t *testing.T, b *bench) (fill func()) {
+	t.Helper()
+	if err := os.MkdirAll(b.dirs.State, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", b.dirs.State, "tmpfs", 0, "size=1m"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(b.dirs.State, unix.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return func() {
+		f, err := os.Create(b.root("all-there-is"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		for err == nil {
+			_, err = f.Write(make([]byte, 4096))
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestRebootWithAFullDiskGoesOn(t *testing.T) {
+	for name, renamed := range map[string]bool{"same names": false, "other name servers": true} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, newStore(t, ociImage(t, goodConfig)))
+			fill := fullDisk(t, b)
+			if err := b.Prepare(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			fill()
+			if renamed {
+				if err := os.WriteFile(filepath.Join(b.dirs.Etc, "resolv.conf"), []byte("another\n"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := b.Prepare(t.Context()); err != nil || b.verdict(t) != nil {
+				t.Fatalf("%v, verdict %+v", err, b.verdict(t))
+			}
+			if warned := strings.Contains(b.log.String(), "The disk is full"); warned != renamed {
+				t.Errorf("warned: %v: %s", warned, &b.log)
+			}
+			// What the boot before has left, whole.
+			if got := b.read(t, b.root("etc/resolv.conf")); got != "the machine's\n" {
+				t.Errorf("resolv.conf is %q", got)
+			}
+			for _, name := range []string{b.root(".compute-bridge/guest"), b.root(".compute-bridge/config.json"), b.state(guestFile)} {
+				if _, err := os.Lstat(name); err != nil {
+					t.Error(err)
+				}
+			}
+			for _, name := range []string{b.root("etc/.compute-bridge.new"), b.state(guestFile + ".new")} {
+				if _, err := os.Lstat(name); !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("%s was left: %v", name, err)
+				}
+			}
+		})
+	}
+}
+
 func TestWhatPassesIsTriedAgain(t *testing.T) {
 	s := newStore(t, ociImage(t, goodConfig))
 	s.answer = func(n int64, w http.ResponseWriter) bool {
@@ -538,7 +615,7 @@ func TestImageCannotTakeTheGuestsPlace(t *testing.T) {
 	}
 	// As an image, or a workload before a reboot, may have left it.
 	for name, target := range map[string]string{
-		".compute-bridge": outside, "etc/resolv.conf": outside, "etc/hosts": "../../../" + outside, "proc": "/",
+		".compute-bridge": outside, "etc/hostname": "/", "etc/resolv.conf": outside, "etc/hosts": "../../../" + outside, "proc": "/",
 	} {
 		if err := errors.Join(os.RemoveAll(b.root(name)), os.Symlink(target, b.root(name))); err != nil {
 			t.Fatal(err)
@@ -583,36 +660,80 @@ func TestEndTellsHowAndPowersOff(t *testing.T) {
 		result Result
 		tail   string
 		want   guestapi.Verdict
+		oom    bool
 	}{
 		"success": {
 			true,
 			Result{"success", "exited", "0"},
 			"",
 			guestapi.Verdict{Phase: "exited", Code: new(int32(0))},
+			false,
 		},
 		"exit code": {
 			true,
 			Result{"exit-code", "exited", "7"},
 			"last words\n",
 			guestapi.Verdict{Phase: "exited", Code: new(int32(7))},
+			false,
 		},
 		"signal of the workload": {
 			true,
 			Result{"exit-code", "exited", "139"},
 			"",
 			guestapi.Verdict{Phase: "exited", Code: new(int32(139)), Signal: "SEGV"},
+			false,
 		},
 		"signal of the guest": {
 			true,
 			Result{"signal", "killed", "KILL"},
 			"",
 			guestapi.Verdict{Phase: "exited", Signal: "KILL"},
+			false,
 		},
 		"out of memory": {
 			true,
 			Result{"oom-kill", "killed", "KILL"},
 			"",
-			guestapi.Verdict{Phase: "exited", Signal: "KILL", Message: "the machine ran out of memory"},
+			guestapi.Verdict{
+				Phase: "exited", Reason: "OUT_OF_MEMORY", Signal: "KILL", Message: "the machine ran out of memory",
+			},
+			false,
+		},
+		"out of memory, the guest": {
+			true,
+			Result{"signal", "killed", "KILL"},
+			"",
+			guestapi.Verdict{
+				Phase: "exited", Reason: "OUT_OF_MEMORY", Signal: "KILL", Message: "the machine ran out of memory",
+			},
+			true,
+		},
+		"out of memory, the workload": {
+			true,
+			Result{"exit-code", "exited", "137"},
+			"",
+			guestapi.Verdict{
+				Phase: "exited", Reason: "OUT_OF_MEMORY", Code: new(int32(137)), Signal: "KILL",
+				Message: "the machine ran out of memory",
+			},
+			true,
+		},
+		"out of memory, another process": {
+			true,
+			Result{"exit-code", "exited", "3"},
+			"",
+			guestapi.Verdict{Phase: "exited", Code: new(int32(3))},
+			true,
+		},
+		"out of memory early": {
+			false,
+			Result{"exit-code", "exited", "137"},
+			"",
+			guestapi.Verdict{
+				Phase: "failed", Reason: "WORKLOAD_FAILED", Code: new(int32(137)), Signal: "KILL",
+				Message: "the machine ran out of memory",
+			},
+			true,
 		},
 		"no such command": {
 			false,
@@ -622,6 +743,7 @@ func TestEndTellsHowAndPowersOff(t *testing.T) {
 				Phase: "failed", Reason: "WORKLOAD_FAILED", Code: new(int32(127)),
 				Message: `The workload cannot run reason="no such file"`,
 			},
+			false,
 		},
 		"ended early": {
 			false,
@@ -631,6 +753,7 @@ func TestEndTellsHowAndPowersOff(t *testing.T) {
 				Phase: "failed", Reason: "WORKLOAD_FAILED", Code: new(int32(0)),
 				Message: "the workload ended with exit code 0 before SSH was open",
 			},
+			false,
 		},
 		"killed early": {
 			false,
@@ -639,12 +762,14 @@ func TestEndTellsHowAndPowersOff(t *testing.T) {
 			guestapi.Verdict{
 				Phase: "failed", Reason: "WORKLOAD_FAILED", Signal: "TERM", Message: "the workload was killed before SSH was open",
 			},
+			false,
 		},
 		"guest failed": {
 			false,
 			Result{"exit-code", "exited", "71"},
 			"",
 			guestapi.Verdict{Phase: "failed", Reason: "HOST_UNFIT", Code: new(int32(71)), Message: "the guest could not run"},
+			false,
 		},
 		"unit failed": {
 			false,
@@ -654,6 +779,7 @@ func TestEndTellsHowAndPowersOff(t *testing.T) {
 				Phase: "failed", Reason: "HOST_UNFIT", Code: new(int32(226)),
 				Message: "the workload's unit could not be started (status 226, see systemd.exec)",
 			},
+			false,
 		},
 		"nothing ran": {
 			false,
@@ -662,11 +788,12 @@ func TestEndTellsHowAndPowersOff(t *testing.T) {
 			guestapi.Verdict{
 				Phase: "failed", Reason: "HOST_UNFIT", Message: "the workload's unit could not be started (resources)",
 			},
+			false,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := newBench(t, newStore(t, nil))
-			b.fake.tail = tc.tail
+			b.fake.tail, b.fake.oom = tc.tail, tc.oom
 			if tc.ready {
 				if err := b.Ready(); err != nil {
 					t.Fatal(err)
@@ -696,6 +823,61 @@ func TestEndTellsHowAndPowersOff(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+func TestJournalThatDoesNotAnswerDelaysNoPowerOff(t *testing.T) {
+	b := newBench(t, newStore(t, nil))
+	b.fake.hangs = true
+	synctest.Test(t, func(t *testing.T) {
+		began := time.Now()
+		if err := b.End(t.Context(), Result{"success", "exited", "0"}); err != nil {
+			t.Error(err)
+		}
+		// The questions, and twice as much to power off, are within the unit's TimeoutStopSec.
+		if took := time.Since(began); 3*took >= 25*time.Second {
+			t.Errorf("it took %v", took)
+		}
+	})
+	if b.fake.off != 1 || b.fake.late != nil || b.verdict(t) == nil {
+		t.Errorf("powered off %d times (%v), verdict %+v", b.fake.off, b.fake.late, b.verdict(t))
+	}
+}
+
+func TestTailOnTheConsoleIsShort(t *testing.T) {
+	for name, tc := range map[string]struct{ tail, want string }{
+		"lines": {strings.Repeat("old\n", 5000) + "last\n", "old\r\nlast\r\n"},
+		"one":   {strings.Repeat("old", 5000) + "last", "oldlast\r\n"},
+		"ended": {strings.Repeat("old", 5000) + "last\n", "oldlast\r\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := newBench(t, newStore(t, nil))
+			b.fake.tail = tc.tail
+			if err := b.End(t.Context(), Result{"success", "exited", "0"}); err != nil {
+				t.Fatal(err)
+			}
+			shown, _, _ := strings.Cut(b.read(t, b.dirs.Console), guestapi.VerdictPrefix)
+			shown = strings.TrimSuffix(shown, "\r\n")
+			if n := len(strings.ReplaceAll(shown, "\r", "")); n > tailBytes+100 || !strings.HasSuffix(shown, tc.want) {
+				t.Errorf("%d bytes: %q", n, shown)
+			}
+		})
+	}
+	for text, want := range map[string]string{"": "", "a\nb\n": "a\nb\n", "x\na\nb\n": "a\nb\n", "xa\nbc\n": "bc\n", "abcdef": "cdef"} {
+		if got := string(lastBytes([]byte(text), 4)); got != want {
+			t.Errorf("of %q: %q, want %q", text, got, want)
+		}
+	}
+}
+
+func TestOOMKillsAreCounted(t *testing.T) {
+	const events = "low 0\nhigh 0\nmax 12\noom 3\noom_kill %s\noom_group_kill 0\n"
+	for text, want := range map[string]uint64{
+		fmt.Sprintf(events, "0"): 0, fmt.Sprintf(events, "2"): 2, fmt.Sprintf(events, "x"): 0, "oom_group_kill 5\n": 0, "": 0,
+	} {
+		if got := oomKills([]byte(text)); got != want {
+			t.Errorf("of %q: %d, want %d", text, got, want)
+		}
 	}
 }
 

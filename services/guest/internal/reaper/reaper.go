@@ -17,10 +17,11 @@ import (
 )
 
 // Run starts path with argv and the reaper's own environment and standard streams, and returns its exit code in the
-// shell's convention once it has ended. Orphans become children of this process even if it isn't PID 1.
+// shell's convention once it has ended. Orphans become children of this process even if it isn't PID 1. The child gets
+// extra as its descriptors from 3.
 //
 // It must be the only waiter in the process.
-func Run(path string, argv []string) (int, error) {
+func Run(path string, argv []string, extra ...*os.File) (int, error) {
 	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
 		return 0, fmt.Errorf("become reaper: %w", err)
 	}
@@ -37,9 +38,13 @@ func Run(path string, argv []string) (int, error) {
 	// of the thread that forked, so that has to live as long as the process does.
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
+	files := []uintptr{0, 1, 2}
+	for _, f := range extra {
+		files = append(files, f.Fd())
+	}
 	pid, err := syscall.ForkExec(path, argv, &syscall.ProcAttr{ //nolint:gosec // To run the caller's program is its purpose; the guest gives it itself.
 		Env:   os.Environ(),
-		Files: []uintptr{0, 1, 2},
+		Files: files,
 		Sys:   &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL},
 	})
 	if err != nil {

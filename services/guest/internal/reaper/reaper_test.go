@@ -19,7 +19,7 @@ const roleVariable = "REAPER_TEST_SCRIPT"
 
 func TestMain(m *testing.M) {
 	if script, ok := os.LookupEnv(roleVariable); ok {
-		code, err := Run("/bin/sh", []string{"sh", "-c", script})
+		code, err := Run("/bin/sh", []string{"sh", "-c", script}, os.Stdout)
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(200)
@@ -60,6 +60,16 @@ func TestExitCodeIsTheChilds(t *testing.T) {
 		if got := cmd.ProcessState.ExitCode(); got != want {
 			t.Errorf("%s: %d, want %d", script, got, want)
 		}
+	}
+}
+
+func TestExtraFilesAreTheChilds(t *testing.T) {
+	cmd, out := reaperRunning(t, "echo hello >&3")
+	if got := line(t, out); got != "hello" {
+		t.Error(got)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Error(err)
 	}
 }
 
