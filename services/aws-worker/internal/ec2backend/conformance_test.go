@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -88,13 +89,26 @@ const suiteParallel = 6
 // no case sees it, so that it can't hide what a retry should have done.
 func conform(t *testing.T, harness backendtest.Harness, orphanAge time.Duration) {
 	t.Helper()
-	harness.Skip = map[string]string{}
+	conformAs(t, harness, orphanAge, func(*Config) {}, func(*backendtest.Fixture) {})
+}
+
+// conformAs is conform with a changed configuration and a changed fixture.
+func conformAs(t *testing.T, harness backendtest.Harness, orphanAge time.Duration, change func(*Config), wrap func(*backendtest.Fixture)) {
+	t.Helper()
+	harness.Skip = maps.Clone(harness.Skip)
+	if harness.Skip == nil {
+		harness.Skip = map[string]string{}
+	}
 	if orphanAge == 0 {
 		harness.Skip["orphans/only what is over, and the bridge's own, is swept"] = "needs a worker that soon looks for orphans: TestLongConformance/orphans"
 	}
 	harness.Open = func(t testing.TB) *backendtest.Fixture {
 		t.Helper()
-		return openSuiteSite(t, orphanAge).fixture(t)
+		s := openSuiteSite(t, orphanAge)
+		change(&s.config)
+		f := s.fixture(t)
+		wrap(f)
+		return f
 	}
 	backendtest.Run(t, harness)
 }

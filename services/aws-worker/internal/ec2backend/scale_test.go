@@ -1,12 +1,23 @@
 package ec2backend
 
 import (
+	"context"
 	"crypto/sha256"
+	"database/sql"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger/ledgertest"
 	"github.com/compute-bridge/compute-bridge/pkg/worker"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2fixture"
@@ -41,7 +52,8 @@ func (s *suiteSite) provisionMany(t *testing.T, b backend.Backend, n int) (grant
 }
 
 // sameAgain provisions all grants again and holds the answers against the first.
-func (s *suiteSite) sameAgain(t *testing.T, b backend.Backend, grants []backend.Grant, made []backend.Provisioned) {
+// launches is how many there were of whatever grant.
+func (s *suiteSite) sameAgain(t *testing.T, b backend.Backend, grants []backend.Grant, made []backend.Provisioned, launches int) {
 	t.Helper()
 	var wg sync.WaitGroup
 	for i, g := range grants {
@@ -54,46 +66,199 @@ func (s *suiteSite) sameAgain(t *testing.T, b backend.Backend, grants []backend.
 		})
 	}
 	wg.Wait()
-	if n := len(s.cloud.Cloud.History()); n != len(grants) {
-		t.Errorf("%d launches for %d grants", n, len(grants))
+	if n := len(s.cloud.Cloud.History()); n != launches {
+		t.Errorf("%d launches, want %d", n, launches)
 	}
 }
 
-// A worker that lost everything but its ledger, and one whose ledger is a copy
-// from before, go on with what runs.
+// terminateMany ends grants at once.
+func terminateMany(t *testing.T, b backend.Backend, grants []backend.Grant) {
+	t.Helper()
+	var wg sync.WaitGroup
+	for _, g := range grants {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(asRequester(t.Context()), suitePatience)
+			defer cancel()
+			if out, err := b.Terminate(ctx, backend.HandleFor(g.ID)); err != nil || out.State != backend.StateTerminated {
+				t.Errorf("terminate: %v, %v", out.State, err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// ledgerAt opens the ledger in a file.
+func ledgerAt(t *testing.T, path string) *ledger.Ledger {
+	t.Helper()
+	l, err := ledger.Open(context.WithoutCancel(t.Context()), ledger.Config{Path: path})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return l
+}
+
+// backUp copies a ledger that is in use, as sqlite3's .backup does.
+func backUp(t *testing.T, from, to string) {
+	t.Helper()
+	db, err := sql.Open("sqlite", from) // Package ledger has the driver.
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = db.ExecContext(t.Context(), "VACUUM INTO ?", to)
+	if err := errors.Join(err, db.Close(), os.Chmod(to, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// asked is how often a call was made since the requests were last forgotten.
+func (s *suiteSite) asked(action string) (n int) {
+	for _, r := range s.cloud.Cloud.Requests() {
+		if r.Action == action && !r.DryRun {
+			n++
+		}
+	}
+	return n
+}
+
+// sweptOnce has a janitor look and act, in a process of its own.
+func (s *suiteSite) sweptOnce(t *testing.T) worker.SweepReport {
+	t.Helper()
+	runtime, err := worker.NewRuntime(worker.RuntimeConfig{
+		BridgeID: "test", Backend: "aws", Ledger: s.ledger, Secret: s.secret, Metrics: prometheus.NewRegistry(), Janitor: true,
+		OrphanAge: s.orphanAge, Log: slog.New(slog.NewJSONHandler(&s.logs, nil)).With("janitor", true),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	driver, err := Open(t.Context(), s.config, runtime.Env())
+	if err != nil {
+		t.Fatal(err)
+	}
+	report, err := runtime.SweepOnce(t.Context(), driver, worker.SweepOptions{Pause: s.orphanAge})
+	if err := errors.Join(err, driver.Close()); err != nil {
+		t.Fatal(err)
+	}
+	return report
+}
+
+// A worker that lost everything but its ledger, one whose ledger is a copy from
+// halfway, and one with none of it, go on with what runs: nothing is made twice,
+// and nothing that runs is taken for a leftover.
 func TestLongHundredInstancesAreAdopted(t *testing.T) {
 	t.Parallel()
-	const n = 100
-	s, b := openBridge(t, func(c *Config) {
-		c.MaxConcurrentInstances = n
-		c.PollInterval.Duration, c.BootTimeout.Duration, c.UndoTimeout.Duration = 100*time.Millisecond, 2*time.Minute, time.Minute
-	})
-	grants, made := s.provisionMany(t, b, n)
-	s.kill()
-	s.stop(t)
-
+	const (
+		n     = 100
+		half  = n / 2 // are in the copy
+		ended = 10    // of those have ended since
+		runs  = n - ended
+	)
+	s := openSuiteSite(t, 0)
+	s.config.MaxConcurrentInstances = n
+	s.config.PollInterval.Duration, s.config.BootTimeout.Duration, s.config.UndoTimeout.Duration = 100*time.Millisecond, 2*time.Minute, time.Minute
+	path, copied := filepath.Join(t.TempDir(), "ledger.db"), filepath.Join(t.TempDir(), "copy.db")
+	s.ledger = ledgerAt(t, path)
 	b, err := s.start(t)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.sameAgain(t, b, grants, made)
+	grants, made := s.provisionMany(t, b, half)
+	backUp(t, path, copied)
+	over := grants[:ended]
+	terminateMany(t, b, over)
+	more, moreMade := s.provisionMany(t, b, half)
+	grants, made = append(grants[ended:], more...), append(made[ended:], moreMade...)
+	s.kill()
+	s.stop(t)
+
+	if b, err = s.start(t); err != nil {
+		t.Fatal(err)
+	}
+	s.sameAgain(t, b, grants, made, n)
+	s.stop(t)
+
+	s.cloud.Cloud.ForgetRequests()
+	s.ledger, s.orphanAge = ledgerAt(t, copied), time.Second // and a sweep each quarter of it
+	if b, err = s.start(t); err != nil {
+		t.Fatal(err)
+	}
+	// What has ended since, the copy has as ready. It ends again, now for a reason
+	// that nobody can tell any more, and never runs again.
+	for _, g := range over {
+		if log := ends(t, b, g.ID); log.Exit.Reason != backend.EndVanished {
+			t.Errorf("exit %+v", log.Exit)
+		}
+		_, e := s.grant()
+		if _, err := b.Provision(asRequester(t.Context()), g, e); !backenderr.Is(err, backenderr.GrantEnded) || backenderr.CreatedOf(err) != backenderr.CreatedNone {
+			t.Errorf("grant that has ended since: %v", err)
+		}
+	}
+	// Each sweep reads this once, and nothing else does now.
+	before := s.asked("DescribeNetworkInterfaces")
+	waitFor(t, "some sweeps", func() bool { return s.asked("DescribeNetworkInterfaces") >= before+6 })
+	if report := s.sweptOnce(t); len(report.Findings) > 0 || len(report.Blind) > 0 || report.Looked < runs {
+		t.Errorf("the janitor finds %+v", report)
+	}
+	if calls := s.asked("TerminateInstances"); calls > 0 || s.alive() != runs {
+		t.Errorf("%d calls to end something; %d instances live", calls, s.alive())
+	}
+	s.hasRoomFor(t, b, n-runs)
+	// The room is there, and no more than that.
+	others, _ := s.provisionMany(t, b, n-runs)
+	s.hasRoomFor(t, b, 0)
+	g, e := s.grant()
+	if _, err := b.Provision(asRequester(t.Context()), g, e); !backenderr.Is(err, backenderr.WorkerFull) {
+		t.Errorf("one more than fits: %v", err)
+	}
+	// What runs has its room already.
+	s.sameAgain(t, b, grants, made, n+len(others))
+	terminateMany(t, b, others)
+	s.hasRoomFor(t, b, n-runs)
 	s.stop(t)
 
 	s.ledger = ledgertest.Open(t) // from before the first grant
 	if b, err = s.start(t); err != nil {
 		t.Fatal(err)
 	}
-	if c, err := b.Capabilities(t.Context()); err != nil {
-		t.Error(err)
-	} else if c.Regions[0].MaxInstances != n {
-		t.Errorf("capabilities %+v", c.Regions)
+	s.hasRoomFor(t, b, n-runs)
+	s.sameAgain(t, b, grants, made, n+len(others))
+	terminateMany(t, b, grants)
+}
+
+// alive is how many instances aren't terminated.
+func (s *suiteSite) alive() (n int) {
+	for _, i := range s.cloud.Cloud.Instances() {
+		if i.State != ec2sim.StateTerminated {
+			n++
+		}
 	}
-	s.sameAgain(t, b, grants, made)
-	var wg sync.WaitGroup
-	for _, g := range grants {
-		wg.Go(func() { terminate(t, b, g.ID) })
-	}
-	wg.Wait()
+	return n
+}
+
+// hasRoomFor waits until a worker says that it has room for so many instances:
+// what it has seen of EC2 may be older than what it did.
+func (s *suiteSite) hasRoomFor(t *testing.T, b backend.Backend, free int64) {
+	t.Helper()
+	limit := s.config.MaxConcurrentInstances
+	var last backend.RegionCapabilities
+	defer func() {
+		if t.Failed() {
+			t.Logf("capabilities %+v", last)
+		}
+	}()
+	waitFor(t, fmt.Sprintf("room for %d of %d", free, limit), func() bool {
+		c, err := b.Capabilities(t.Context())
+		if err != nil || len(c.Regions) != 1 {
+			t.Fatalf("capabilities %+v, %v", c, err)
+		}
+		last = c.Regions[0]
+		return last.ActiveInstances == limit-free && last.MaxInstances == limit &&
+			last.Free == last.LargestSingle.Times(free) && last.Total == last.LargestSingle.Times(limit)
+	})
 }
 
 // Two hundred grants at once need one mutating call each to be made and one to
