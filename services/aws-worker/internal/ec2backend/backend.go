@@ -3,7 +3,8 @@
 // A grant's attempt is one RunInstances call: its client token is a hash of
 // bridge, grant and attempt, its tags say whose it is, its user-data carries all
 // that the instance needs, and its volume and network interface die with it.
-// What is shared, security groups, is made once per set of rules and kept.
+// What is shared, security groups, is made once per set of rules, and deleted when
+// nobody uses it and the account has room for no more.
 //
 // What runs is read from EC2, never remembered: one read of each region serves
 // all grants that wait for one. What EC2 doesn't show counts as gone only once it

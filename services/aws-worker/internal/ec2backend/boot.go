@@ -28,8 +28,9 @@ const (
 
 // check looks in all regions at once whether the worker can work there: who it
 // is, whether its clock is right, and whether it has the rights to see, make and
-// end instances. The error names every problem, by region and by what is
-// lacking.
+// end instances and their parts. The error names every problem, by region and by
+// what is lacking. Rights that need something to act on, such as those to a group's
+// rules, can't be tried.
 func (c *clients) check(ctx context.Context) error { return c.checkRegions(ctx, c.order) }
 
 // recheck looks again at the regions that had problems.
@@ -92,6 +93,19 @@ func (c *clients) checkRegion(ctx context.Context, r *regionClients) []error {
 	}{
 		{"ec2:DescribeInstances and ec2:TerminateInstances", c.tryTerminate},
 		{"ec2:RunInstances", c.tryRun},
+		{"ec2:DescribeVolumes", func(ctx context.Context, r *regionClients) error {
+			_, err := r.ec2.DescribeVolumes(ctx, &ec2.DescribeVolumesInput{DryRun: aws.Bool(true)})
+			return unlessDryRun(err)
+		}},
+		{"ec2:DescribeNetworkInterfaces", func(ctx context.Context, r *regionClients) error {
+			_, err := r.ec2.DescribeNetworkInterfaces(ctx, &ec2.DescribeNetworkInterfacesInput{DryRun: aws.Bool(true)})
+			return unlessDryRun(err)
+		}},
+		{"ec2:DescribeSecurityGroups", func(ctx context.Context, r *regionClients) error {
+			_, err := r.ec2.DescribeSecurityGroups(ctx, &ec2.DescribeSecurityGroupsInput{DryRun: aws.Bool(true)})
+			return unlessDryRun(err)
+		}},
+		{"ec2:CreateSecurityGroup", c.tryGroup},
 		{"scheduler:ListSchedules", c.trySchedules},
 	} {
 		if err := probe.try(ctx, r); err != nil {
@@ -144,6 +158,35 @@ func (c *clients) tryRun(ctx context.Context, r *regionClients) error {
 	_, err = r.ec2.RunInstances(ctx, input)
 	row, _ := known(vendorErrors, codeOf(err))
 	if codeOf(err) == codeDryRun || row.effect == capacity || row.reason == backenderr.QuotaExceeded {
+		return nil
+	}
+	return err
+}
+
+// tryGroup asks whether a security group might be made. A full account is not the
+// question.
+func (c *clients) tryGroup(ctx context.Context, r *regionClients) error {
+	offers, err := c.catalogue.offers(ctx, backend.Region(r.name), backend.Shape{}, nil)
+	if err != nil {
+		return err
+	}
+	name := "cb-" + c.env.BridgeID + "-check"
+	_, err = r.ec2.CreateSecurityGroup(ctx, &ec2.CreateSecurityGroupInput{
+		GroupName: aws.String(name), Description: aws.String("Compute bridge " + c.env.BridgeID + ": never made"), VpcId: aws.String(offers[0].VPC),
+		DryRun: aws.Bool(true),
+		TagSpecifications: []types.TagSpecification{{
+			ResourceType: types.ResourceTypeSecurityGroup, Tags: tagList(map[string]string{tagBridge: c.env.BridgeID, tagName: name}),
+		}},
+	})
+	if row, _ := known(vendorErrors, codeOf(err)); row.reason == backenderr.QuotaExceeded {
+		return nil
+	}
+	return unlessDryRun(err)
+}
+
+// unlessDryRun is nil if a dry run would have succeeded.
+func unlessDryRun(err error) error {
+	if codeOf(err) == codeDryRun {
 		return nil
 	}
 	return err

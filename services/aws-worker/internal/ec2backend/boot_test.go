@@ -109,8 +109,12 @@ func TestTheTriedLaunchSaysWhatARealOneSays(t *testing.T) {
 func TestAMissingRightIsReportedByName(t *testing.T) {
 	t.Parallel()
 	for right, prepare := range map[string]func(*ec2sim.Cloud, *Config){
-		"ec2:RunInstances":      nil,
-		"ec2:DescribeInstances": nil,
+		"ec2:RunInstances":              nil,
+		"ec2:DescribeInstances":         nil,
+		"ec2:DescribeVolumes":           nil,
+		"ec2:DescribeNetworkInterfaces": nil,
+		"ec2:DescribeSecurityGroups":    nil,
+		"ec2:CreateSecurityGroup":       nil,
 		"ec2:TerminateInstances": func(cloud *ec2sim.Cloud, _ *Config) {
 			for _, region := range []string{"eu-central-1", "us-east-1"} {
 				if _, err := cloud.Plant(region, map[string]string{tagBridge: "test", tagBackend: "aws"}); err != nil {

@@ -150,7 +150,7 @@ func TestOwnErrorsStayWhatTheyAre(t *testing.T) {
 	if got.Reason != own.Reason || got.Error() != own.Error() || got.RetryAfter != time.Second || got.Metadata["k"] != "v" {
 		t.Errorf("classified as %v", got)
 	}
-	got.WithCreated(backenderr.CreatedUnknown).WithMetadata("k", "mine")
+	_ = got.WithCreated(backenderr.CreatedUnknown).WithMetadata("k", "mine")
 	if own.Created == backenderr.CreatedUnknown || own.Metadata["k"] != "v" {
 		t.Errorf("what one says of it all others say, too: %+v", own)
 	}
