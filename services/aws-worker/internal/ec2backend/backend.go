@@ -130,6 +130,7 @@ func (b *Backend) prepare(ctx context.Context) error {
 	if _, err := b.takeStock(ctx); err != nil {
 		return err
 	}
+	b.log.InfoContext(ctx, "Prices choose between types", "built_in_as_of", pricesAsOf, "own", len(b.config.Prices), "own_oldest", oldestPrice(b.config.Prices))
 	problems := []error{b.clients.check(ctx)}
 	for _, r := range b.regions {
 		problems = append(problems, b.refresh(ctx, r))

@@ -174,6 +174,8 @@ type PriceConfig struct {
 	// Region; empty: all.
 	Region     string  `toml:"region"`
 	USDPerHour float64 `toml:"usd_per_hour"`
+	// AsOf is the day on which it was the price ("2025-06-30"); empty: nobody knows.
+	AsOf string `toml:"as_of"`
 }
 
 // APILimitConfig is how often the worker may call an action, in each region.
@@ -375,6 +377,9 @@ func (c Config) Validate() error {
 		// Written so that not-a-number, which TOML has, is refused, too.
 		if !(price.USDPerHour > 0 && price.USDPerHour < 1e6) {
 			p.Add(config.Key("backend", "price", i, "usd_per_hour"), "is %v; must be positive", price.USDPerHour)
+		}
+		if _, err := time.Parse(time.DateOnly, price.AsOf); price.AsOf != "" && err != nil {
+			p.Add(config.Key("backend", "price", i, "as_of"), "%q is no day such as \"2025-06-30\"", price.AsOf)
 		}
 	}
 	return p.Err()

@@ -87,6 +87,7 @@ func TestEveryFaultIsNamedByItsKey(t *testing.T) {
 		"no image is so small":    {func(c *Config) { c.ImageStore.MaxMiB = 0 }, "backend.image_store.max_mib"},
 		"a price's type":          {func(c *Config) { c.Prices = []PriceConfig{{Type: "m7i", USDPerHour: 1}} }, "backend.price[0].type"},
 		"no price":                {func(c *Config) { c.Prices = []PriceConfig{{Type: "m7i.large"}} }, "backend.price[0].usd_per_hour"},
+		"a price's day":           {func(c *Config) { c.Prices = []PriceConfig{{Type: "m7i.large", USDPerHour: 1, AsOf: "June"}} }, "backend.price[0].as_of"},
 		"no number":               {func(c *Config) { c.Prices = []PriceConfig{{Type: "m7i.large", USDPerHour: math.NaN()}} }, "backend.price[0].usd_per_hour"},
 		"a limit's action":        {func(c *Config) { c.APILimits = []APILimitConfig{{Action: "run", Burst: 1, PerSecond: 1}} }, "backend.api_limit[0].action"},
 		"no calls":                {func(c *Config) { c.APILimits = []APILimitConfig{{Action: "RunInstances", PerSecond: 1}} }, "backend.api_limit[0].burst"},

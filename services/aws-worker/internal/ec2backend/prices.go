@@ -12,8 +12,11 @@ type familyPrice struct {
 	large          float64
 }
 
+// pricesAsOf is when the built-in prices were the prices.
+const pricesAsOf = "2025-06"
+
 // familyPrices are the built-in ones: on-demand, Linux, shared tenancy, without
-// taxes, of https://aws.amazon.com/ec2/pricing/on-demand/ as known in June 2025.
+// taxes, of https://aws.amazon.com/ec2/pricing/on-demand/ as known at pricesAsOf.
 // In eu-central-1 those of m7g, c7i, c7g and r7i are computed from the generation
 // before, and may be some per cent off. They only decide which of several types is tried first, on the spot market,
 // too; [[backend.price]] in the configuration comes before them. A region that isn't here takes those of
@@ -93,4 +96,15 @@ func (p prices) of(instanceType, region string) (float64, bool) {
 		}
 	}
 	return 0, false
+}
+
+// oldestPrice is the first day that the operator's prices name, "" if none does.
+func oldestPrice(own []PriceConfig) string {
+	oldest := ""
+	for _, p := range own {
+		if p.AsOf != "" && (oldest == "" || p.AsOf < oldest) {
+			oldest = p.AsOf
+		}
+	}
+	return oldest
 }

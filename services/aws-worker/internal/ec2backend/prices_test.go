@@ -69,3 +69,15 @@ func FuzzSizes(f *testing.F) {
 		}
 	})
 }
+
+func TestTheOldestPriceIsTold(t *testing.T) {
+	t.Parallel()
+	for want, own := range map[string][]PriceConfig{
+		"":           {{Type: "m7i.large"}},
+		"2025-06-30": {{Type: "m7i.large", AsOf: "2026-01-31"}, {Type: "t3.micro"}, {Type: "t3.large", AsOf: "2025-06-30"}},
+	} {
+		if got := oldestPrice(own); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}
