@@ -128,8 +128,15 @@ func (m *Machine) run(ctx context.Context) {
 	for m.life(ctx) {
 		m.print("reboot: Restarting system")
 	}
+	// More than anybody keeps of a console, as systemd prints.
+	for n := range shutdownLines {
+		m.print(fmt.Sprintf("[  OK  ] Stopped quickvm-%02d.service - Nothing that anybody has to know about.", n))
+	}
 	m.print("reboot: Power down")
 }
+
+// shutdownLines are what a machine prints on its way down.
+const shutdownLines = 40
 
 // life is the time from one boot to the next. It returns false when the machine
 // is to be off.

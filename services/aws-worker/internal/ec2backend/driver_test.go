@@ -302,7 +302,8 @@ func TestBootThatFailsShowsTheConsole(t *testing.T) {
 	g, e := s.grant()
 	_, err := b.Provision(asRequester(t.Context()), g, e)
 	failure := backenderr.From(err)
-	if failure.Reason != backenderr.WorkloadFailed || !strings.Contains(failure.Metadata[backenderr.MetaConsole], "on fire") {
+	if failure.Reason != backenderr.WorkloadFailed || !strings.Contains(failure.Metadata[backenderr.MetaConsole], "on fire") ||
+		!strings.Contains(err.Error(), "exit status 127") {
 		t.Errorf("got %v with %q", err, failure.Metadata)
 	}
 	if backenderr.CreatedOf(err) != backenderr.CreatedNone {
