@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2tags"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/labvm"
@@ -245,6 +246,9 @@ func (a *awsBridge) tellsConsole(r result, instance string) {
 	}
 	if told < 3 {
 		a.t.Errorf("%d lines of the console of %s are told: %s", told, instance, r.all())
+	}
+	if !strings.Contains(block, guestapi.VerdictPrefix) {
+		a.t.Errorf("what is told of the console of %s lacks what the guest said: %s", instance, r.all())
 	}
 }
 
