@@ -96,7 +96,6 @@ func Open(ctx context.Context, c Config, env worker.Env) (worker.Driver, error) 
 	b := &Backend{
 		config: c, env: env, log: env.Log, clients: clients, life: life, cancel: cancel,
 		byName: map[backend.Region]*region{}, held: map[identity]holding{}, sent: map[identity]time.Time{},
-		groups: groups{collecting: make(chan struct{}, 1)},
 	}
 	b.catalogue = newCatalogue(c, clients)
 	b.images = newImages(c, clients)

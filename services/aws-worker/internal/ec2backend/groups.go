@@ -209,8 +209,45 @@ type groups struct {
 	// asked is when a group's name was last asked for: it is about to be used.
 	asked map[string]time.Time
 
-	// collecting has the token of the one who deletes unused groups.
-	collecting chan struct{}
+	// turns are what one at a time does, by its name; closed when it is done.
+	turns map[string]chan struct{}
+}
+
+// turn begins what the name says, or waits until somebody of this process who is
+// at it is done, and says which. Who has begun it ends it.
+func (g *groups) turn(ctx context.Context, name string) (end func(), first bool, err error) {
+	g.mu.Lock()
+	other := g.turns[name]
+	if other == nil {
+		if g.turns == nil {
+			g.turns = map[string]chan struct{}{}
+		}
+		own := make(chan struct{})
+		g.turns[name] = own
+		g.mu.Unlock()
+		return func() {
+			g.mu.Lock()
+			defer g.mu.Unlock()
+			delete(g.turns, name)
+			close(own)
+		}, true, nil
+	}
+	g.mu.Unlock()
+	select {
+	case <-other:
+		return func() {}, false, nil
+	case <-ctx.Done():
+		return nil, false, classify(ctx.Err(), "wait for "+name)
+	}
+}
+
+// alone waits until nobody else of this process does what the name says.
+func (g *groups) alone(ctx context.Context, name string) (end func(), err error) {
+	for {
+		if end, first, err := g.turn(ctx, name); first || err != nil {
+			return end, err
+		}
+	}
 }
 
 func (g *groups) get(key string) string {
@@ -266,11 +303,20 @@ func (g *groups) forget() {
 
 // group returns the security group with these rules in a VPC, made if there is
 // none. Whoever dies half way leaves a group that the next one finishes; of two
-// who make it at once, one gets the other's.
+// processes that make it at once, one gets the other's.
 func (b *Backend) group(ctx context.Context, r *region, vpc string, want rules) (string, error) {
 	key := strings.Join([]string{string(r.name), vpc, want.key()}, " ")
 	name := "cb-" + b.env.BridgeID + "-" + want.key()
 	b.groups.use(name)
+	if id := b.groups.get(key); id != "" {
+		return id, nil
+	}
+	// Grants that come together ask once; if that fails, each for itself.
+	end, _, err := b.groups.turn(ctx, "the security group "+name+" in "+vpc)
+	if err != nil {
+		return "", err
+	}
+	defer end()
 	if id := b.groups.get(key); id != "" {
 		return id, nil
 	}
@@ -314,12 +360,11 @@ func (b *Backend) makeGroup(ctx context.Context, r *region, vpc, name string, wa
 	if codeOf(err) == codeGroupsFull {
 		// Requesters choose ports and destinations: what they chose once and nobody
 		// uses now makes room.
-		select {
-		case b.groups.collecting <- struct{}{}:
-			defer func() { <-b.groups.collecting }()
-		case <-ctx.Done():
-			return classify(ctx.Err(), "make room for the security group "+name)
+		end, waited := b.groups.alone(ctx, "room for security groups in "+string(r.name))
+		if waited != nil {
+			return waited
 		}
+		defer end()
 		if err = create(); codeOf(err) == codeGroupsFull && b.collectGroups(ctx, r) > 0 {
 			err = create()
 		}

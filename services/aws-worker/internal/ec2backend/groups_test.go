@@ -1,6 +1,8 @@
 package ec2backend
 
 import (
+	"context"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -80,7 +82,7 @@ func openGrouper(t *testing.T, c Config) grouper {
 	c.PollInterval.Duration = 10 * time.Millisecond
 	all := openClients(t, c)
 	env := testEnv(t)
-	b := &Backend{config: c, env: env, log: env.Log, clients: all, groups: groups{collecting: make(chan struct{}, 1)}}
+	b := &Backend{config: c, env: env, log: env.Log, clients: all}
 	g := grouper{Backend: b, region: &region{name: testRegion, clients: all.order[0]}}
 	vpcs, err := g.region.clients.ec2.DescribeVpcs(t.Context(), &ec2.DescribeVpcsInput{})
 	if err != nil || len(vpcs.Vpcs) != 1 {
@@ -346,5 +348,48 @@ func TestWithoutTheRightToDeleteAFullAccountIsStillAQuota(t *testing.T) {
 	cloud.Deny("ec2:DeleteSecurityGroup")
 	if _, err := openGrouper(t, c).make(t, allowlist("203.0.113.0/25")); !backenderr.Is(err, backenderr.QuotaExceeded) {
 		t.Errorf("%v", err)
+	}
+}
+
+// Many grants that come together make their group with the calls of one, and who
+// waits for another can leave.
+func TestGrantsThatComeTogetherMakeTheirGroupOnce(t *testing.T) {
+	t.Parallel()
+	cloud, c := simulated(t, ec2sim.Options{})
+	g := openGrouper(t, c)
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	var once sync.Once
+	cloud.Intercept(func(r ec2sim.Request) ec2sim.Intervention {
+		if r.Action == "CreateSecurityGroup" {
+			once.Do(func() { close(begun) })
+			<-goOn
+		}
+		return ec2sim.Intervention{}
+	})
+	cloud.ForgetRequests()
+	var wg sync.WaitGroup
+	for range 40 {
+		wg.Go(func() {
+			if _, err := g.make(t, allowlist("203.0.113.0/24")); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	<-begun
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	if _, err := g.group(gone, g.region, g.vpc, allowlist("203.0.113.0/24")); !errors.Is(err, context.Canceled) && !backenderr.Is(err, backenderr.Cancelled) {
+		t.Errorf("who has left waits on: %v", err)
+	}
+	close(goOn)
+	wg.Wait()
+	made := 0
+	for _, r := range cloud.Requests() {
+		if r.Action == "CreateSecurityGroup" {
+			made++
+		}
+	}
+	if made != 1 {
+		t.Errorf("%d calls to make one group", made)
 	}
 }
