@@ -564,12 +564,14 @@ func (b *Backend) tryUserData(grant backend.Grant) error {
 		_, _ = rand.Read(random) // Never fails.
 		return "https://example.invalid/?" + base64.RawURLEncoding.EncodeToString(random)
 	}
-	var guest string
+	var guest string // the longest there is
 	for _, source := range b.store.guests {
-		guest = source.url
+		if of := address(source.url); len(of) > len(guest) {
+			guest = of
+		}
 	}
 	p := params{
-		ValidTo: grant.ValidTo, GuestURL: address(guest), GuestSHA256: hex.EncodeToString(grant.ID[:]),
+		ValidTo: grant.ValidTo, GuestURL: guest, GuestSHA256: hex.EncodeToString(grant.ID[:]),
 		MachineImage: artifact{URL: address(b.store.base), Digest: grant.Image.Digest.String(), MaxBytes: b.store.maximum},
 	}
 	_, err = userDataOf(identity{grant.ID, 1}, p, key.Private, key.Public.String(), grant.Environment)

@@ -115,6 +115,40 @@ func TestAGrantIsRefusedOnlyWhenEveryOfferWas(t *testing.T) {
 	restock()
 }
 
+// A call that has asked for as long as a boot takes leaves the other offers to the
+// next one, which is to come at once.
+func TestOffersThatACallHasNoTimeForAreLeftToTheNext(t *testing.T) {
+	t.Parallel()
+	s, b := openBridge(t, func(c *Config) {
+		c.BootTimeout.Duration = time.Nanosecond
+		c.StockOutMemory.Duration = time.Minute
+	})
+	defer s.cloud.Cloud.StockOut(suiteRegion, "", "")()
+	g, e := s.grant()
+	for n := range 2 {
+		_, err := b.Provision(asRequester(t.Context()), g, e)
+		failure := backenderr.From(err)
+		if failure.Reason != backenderr.CapacityExhausted || failure.Created != backenderr.CreatedNone || failure.RetryAfter != retryOthers {
+			t.Errorf("got %v, created %s, retry after %s", err, failure.Created, failure.RetryAfter)
+		}
+		if asked := len(s.launches()); asked != n+1 {
+			t.Errorf("%d calls after %d tries", asked, n+1)
+		}
+	}
+}
+
+// The machine is the tenant's: what it says of itself degrades no backend.
+func TestAGuestCantBlameItsMachine(t *testing.T) {
+	t.Parallel()
+	s, b := openBridge(t, func(c *Config) { c.Guest.AMD64.URL += "-that-is-not-there" })
+	g, e := s.grant()
+	_, err := b.Provision(asRequester(t.Context()), g, e)
+	failure := backenderr.From(err)
+	if failure.Reason != backenderr.WorkloadFailed || !strings.Contains(failure.Metadata[backenderr.MetaConsole], `"reason":"HOST_UNFIT"`) {
+		t.Errorf("got %v with %q", err, failure.Metadata)
+	}
+}
+
 // zoneOf is the zone of the subnet that a launch names.
 func (s *suiteSite) zoneOf(r ec2sim.Request) string {
 	driver, _ := s.driver.(*Backend)

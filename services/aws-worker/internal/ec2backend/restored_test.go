@@ -240,3 +240,43 @@ func TestJanitorWithAWrongClockEndsNobody(t *testing.T) {
 	}
 	ends(t, b, g.ID)
 }
+
+// An attempt that was begun and not sent has addresses that expire: one that comes
+// back too late for a boot makes way for another.
+func TestAnAttemptWhoseAddressesExpireIsNotSent(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name     string
+		lifetime time.Duration
+		attempt  uint32
+	}{
+		{"in time", time.Hour, 1},
+		{"too late", 5 * time.Second, 2}, // as long as the boot
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			s, b := openBridge(t, func(c *Config) { c.ImageStore.URLLifetime.Duration = test.lifetime })
+			g, e := s.grant()
+			s.cloud.Cloud.Intercept(func(r ec2sim.Request) ec2sim.Intervention {
+				if r.Action != "RunInstances" || r.DryRun {
+					return ec2sim.Intervention{}
+				}
+				return ec2sim.Intervention{Before: func(context.Context) error {
+					s.kill()
+					return context.Canceled
+				}}
+			})
+			s.dies(t, b, g, e)
+			s.cloud.Cloud.Intercept(nil)
+			b, err := s.start(t)
+			if err != nil {
+				t.Fatal(err)
+			}
+			p, err := b.Provision(asRequester(t.Context()), g, e)
+			if err != nil || p.Instance.Attempt != test.attempt || s.history(g.ID) != 1 {
+				t.Errorf("attempt %d of %d, %v; want %d of 1", p.Instance.Attempt, s.history(g.ID), err, test.attempt)
+			}
+			terminate(t, b, g.ID)
+		})
+	}
+}
