@@ -312,9 +312,7 @@ func TestLongTwoHundredGrantsAtOnceStayWithinTheBudgets(t *testing.T) {
 			t.Errorf("%s: %.2f reads per grant and minute", what, rate)
 		}
 	}
-	// A machine that stands still between a call's turn and the call takes up the
-	// headroom of the buckets, which then costs one refusal.
-	if throttled := create.throttled + watch.throttled + end.throttled; throttled > n/100 {
+	if throttled := create.throttled + watch.throttled + end.throttled; throttled > 0 {
 		t.Errorf("%d calls were throttled", throttled)
 	}
 }
