@@ -22,6 +22,7 @@ import (
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
 	"github.com/compute-bridge/compute-bridge/pkg/sshkey"
+	"github.com/compute-bridge/compute-bridge/services/guest/guestapi"
 )
 
 // first is the instance that most of the list is about.
@@ -347,8 +348,8 @@ func (p *site) failedBoot(ctx context.Context, _ *first) error {
 		return fmt.Errorf("want %s, got %w", backenderr.ImageHashMismatch, err)
 	case backenderr.CreatedOf(err) != backenderr.CreatedNone:
 		return fmt.Errorf("its end is not confirmed: %w", err)
-	case backenderr.From(err).Metadata[backenderr.MetaConsole] == "":
-		return fmt.Errorf("the console is not told: %w", err)
+	case !strings.Contains(backenderr.From(err).Metadata[backenderr.MetaConsole], guestapi.VerdictPrefix):
+		return fmt.Errorf("what the guest said on the console is not told: %w", err)
 	}
 	return p.nothingLeft(ctx, grant.ID)
 }
