@@ -55,3 +55,41 @@ func TestEndHasItsReason(t *testing.T) {
 		}
 	}
 }
+
+// Another replica that ends an instance says why before it does, and whoever
+// watches here finds only that it is gone.
+func TestWhatAnotherReplicaEndedHasNotVanished(t *testing.T) {
+	t.Parallel()
+	s, b := openBridge(t, nil)
+	g, p := s.provision(t, b)
+	driver, ok := s.driver.(*Backend)
+	if !ok {
+		t.Fatalf("driver %T", s.driver)
+	}
+	vanished, ended := backend.Exit{Reason: backend.EndVanished}, backend.Exit{Reason: backend.EndTerminated}
+	id := identity{g.ID, p.Instance.Attempt}
+	if got, err := driver.unlessSaved(t.Context(), id, vanished); err != nil || got.Reason != backend.EndVanished {
+		t.Errorf("with nothing on record: %+v, %v", got, err)
+	}
+	if err := driver.env.Journal.SaveLog(t.Context(), backend.ComputeLog{
+		GrantID: g.ID, Attempt: id.attempt, InstanceID: p.Instance.ID, Region: p.Instance.Region, Shape: g.Shape,
+		StartedAt: p.Instance.StartedAt, EndedAt: time.Now().UTC(), ValidTo: g.ValidTo, Exit: ended,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		name    string
+		attempt uint32
+		seen    backend.Exit
+		want    backend.EndReason
+	}{
+		{"ended by another", id.attempt, vanished, backend.EndTerminated},
+		{"another attempt", id.attempt + 1, vanished, backend.EndVanished},
+		{"an end of its own", id.attempt, backend.Exit{Reason: backend.EndInterrupted}, backend.EndInterrupted},
+	} {
+		if got, err := driver.unlessSaved(t.Context(), identity{g.ID, c.attempt}, c.seen); err != nil || got.Reason != c.want {
+			t.Errorf("%s: %+v, %v; want %s", c.name, got, err, c.want)
+		}
+	}
+	terminate(t, b, g.ID)
+}
