@@ -6,6 +6,7 @@ import (
 	"sync"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
+	"github.com/compute-bridge/compute-bridge/pkg/failpoint"
 )
 
 // Op names a call of the provider's API. Each is a hook point.
@@ -87,30 +88,24 @@ type Fault struct {
 // Injection is a fault at its hook point. Its methods may be called by several
 // goroutines.
 type Injection struct {
-	op       Op
-	reached  chan struct{}
-	released chan struct{}
-	once     sync.Once
+	op      Op
+	trigger *failpoint.Trigger
 
 	// Guarded by the provider's mutex.
 	fault Fault
 	hits  int
 }
 
-// Reached is closed when the fault has hit a call.
-func (i *Injection) Reached() <-chan struct{} { return i.reached }
+// Reached is closed when the fault has hit a call; with a crash the process is
+// dead by then.
+func (i *Injection) Reached() <-chan struct{} { return i.trigger.Reached() }
 
-// Release ends the fault: calls that hang go on, and no later call is hit. It
-// may be called again.
-func (i *Injection) Release() { i.once.Do(func() { close(i.released) }) }
+// Release ends the fault: calls that hang go on, and no later call is hit. When
+// it returns, Reached is closed or never will be. It may be called again.
+func (i *Injection) Release() { i.trigger.Release() }
 
 func (i *Injection) over() bool {
-	select {
-	case <-i.released:
-		return true
-	default:
-		return i.fault.Times >= 0 && i.hits >= max(i.fault.Times, 1)
-	}
+	return i.trigger.Over() || i.fault.Times >= 0 && i.hits >= max(i.fault.Times, 1)
 }
 
 // Inject puts a fault at a hook point, for whichever driver calls there. If
@@ -118,7 +113,7 @@ func (i *Injection) over() bool {
 func (p *Provider) Inject(op Op, f Fault) *Injection {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	i := &Injection{op: op, fault: f, reached: make(chan struct{}), released: make(chan struct{})}
+	i := &Injection{op: op, trigger: failpoint.New(), fault: f}
 	p.injections = append(p.injections, i)
 	return i
 }
@@ -137,12 +132,9 @@ func (p *Provider) take(op Op, id backend.GrantID) *Injection {
 		case hit != nil, i.op != op, i.fault.GrantID != (backend.GrantID{}) && i.fault.GrantID != id:
 		case i.fault.Skip > 0:
 			i.fault.Skip--
-		default:
-			if i.hits == 0 {
-				close(i.reached)
-			}
+		case i.fault.Kind == CrashBefore, i.fault.Kind == CrashAfter, i.trigger.Strike(nil):
 			i.hits++
-			hit = i
+			hit = i // A crash strikes when the process dies.
 		}
 		kept = append(kept, i)
 	}
@@ -239,7 +231,8 @@ func (p *Provider) call(ctx context.Context, from *process, op Op, id backend.Gr
 		return finish(err)
 	}
 	kind := Kind(0)
-	if hit := p.take(op, id); hit != nil {
+	hit := p.take(op, id)
+	if hit != nil {
 		kind = hit.fault.Kind
 		if kind == Slow {
 			p.mu.Unlock()
@@ -250,8 +243,7 @@ func (p *Provider) call(ctx context.Context, from *process, op Op, id backend.Gr
 			}
 		}
 	}
-	if kind == CrashBefore {
-		from.kill()
+	if kind == CrashBefore && hit.trigger.Strike(from.kill) {
 		return finish(errKilled)
 	}
 	if code, ok := refusals[kind]; ok {
@@ -260,10 +252,7 @@ func (p *Provider) call(ctx context.Context, from *process, op Op, id backend.Gr
 	changed, err := effect()
 	record.Effect = changed
 	switch {
-	case kind == CrashAfter:
-		from.kill()
-		return finish(errKilled)
-	case from.dead():
+	case kind == CrashAfter && hit.trigger.Strike(from.kill), from.dead():
 		return finish(errKilled)
 	case kind == LostAnswer:
 		return finish(&APIError{Code: CodeUnavailable, Message: "injected: the answer is lost"})
@@ -273,7 +262,7 @@ func (p *Provider) call(ctx context.Context, from *process, op Op, id backend.Gr
 
 func hang(ctx context.Context, from *process, i *Injection) error {
 	select {
-	case <-i.released:
+	case <-i.trigger.Released():
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()

@@ -61,23 +61,9 @@ type fake struct {
 	mu      sync.Mutex
 	runtime *worker.Runtime
 	driver  *backendfake.Driver
-	crashes []*fakeCrash
 	// dismiss ends the janitor.
 	dismiss func()
 }
-
-// fakeCrash is a crash that is waiting or done.
-type fakeCrash struct {
-	release func()
-	// hit is closed when the crash has begun, reached when the worker is dead.
-	hit     <-chan struct{}
-	once    sync.Once
-	reached chan struct{}
-}
-
-func (c *fakeCrash) Reached() <-chan struct{} { return c.reached }
-func (c *fakeCrash) Release()                 { c.release() }
-func (c *fakeCrash) done()                    { c.once.Do(func() { close(c.reached) }) }
 
 // The fake hosts: two grants fit on each.
 var (
@@ -232,53 +218,19 @@ func (f *fake) record(id backend.GrantID) (stop func() []Call) {
 }
 
 func (f *fake) inject(fault Fault) Injection {
-	crash := &fakeCrash{reached: make(chan struct{})}
-	f.mu.Lock()
-	f.crashes = append(f.crashes, crash)
-	f.mu.Unlock()
-	crashing := fault.Kind == FaultCrashBefore || fault.Kind == FaultCrashAfter
 	if fault.Side == SideLedger {
-		i := f.points.Inject(ledgertest.Fault{
+		return f.points.Inject(ledgertest.Fault{
 			Point: fault.Point, Nth: fault.Nth, Kind: fakeLedgerKinds[fault.Kind], Always: fault.Always,
-			RequestID: ledger.RequestID(fault.GrantID),
-			Crash: func() {
-				f.kill()
-				crash.done()
-			},
+			RequestID: ledger.RequestID(fault.GrantID), Crash: f.kill,
 		})
-		if !crashing {
-			return i
-		}
-		crash.release = i.Release
-		return crash
 	}
 	times := 1
 	if fault.Always {
 		times = -1
 	}
-	i := f.provider.Inject(backendfake.Op(fault.Point), backendfake.Fault{
+	return f.provider.Inject(backendfake.Op(fault.Point), backendfake.Fault{
 		Kind: fakeKinds[fault.Kind], Skip: max(fault.Nth, 1) - 1, Times: times, GrantID: fault.GrantID,
 	})
-	if !crashing {
-		return i
-	}
-	f.mu.Lock()
-	crash.release, crash.hit = i.Release, i.Reached()
-	f.mu.Unlock()
-	return crash
-}
-
-// crashed is called when a worker has died.
-func (f *fake) crashed() {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	for _, c := range f.crashes {
-		select {
-		case <-c.hit:
-			c.done()
-		default:
-		}
-	}
 }
 
 // fakeLedgerKinds translates the suite's faults of the ledger.
@@ -316,10 +268,7 @@ func (f *fake) start(t testing.TB) (backend.Backend, error) {
 	}
 	driver := backendfake.Open(f.provider, runtime.Env(), backendfake.DriverOptions{
 		BootTimeout: 4 * time.Second, UsageInterval: usageInterval, Bugs: f.broken.bugs,
-		OnDeath: func() {
-			life.Kill()
-			f.crashed()
-		},
+		OnDeath: life.Kill,
 	})
 	f.mu.Lock()
 	f.runtime, f.driver = runtime, driver

@@ -273,8 +273,9 @@ type Injection interface {
 	// Reached is closed once the fault has hit. With a crash the worker is dead
 	// by then: before the call had its effect, or after.
 	Reached() <-chan struct{}
-	// Release ends the fault: what hangs goes on, and nothing is hit any more.
-	// It may be called again, and must be called in the end.
+	// Release ends the fault: what hangs goes on, and nothing is hit any more. A
+	// crash that has begun is over when it returns, so that Reached is closed by
+	// then or never will be. It may be called again, and must be called in the end.
 	Release()
 }
 

@@ -13,8 +13,8 @@ import (
 )
 
 // ReportDirectory names the environment variable that holds the directory into
-// which [Run] writes how much it swept, a file for each test. Without it, that
-// is only logged.
+// which [Run] writes how much it swept, a file for each test, named by its
+// package's directory and its own name. Without it, that is only logged.
 const ReportDirectory = "BACKENDTEST_REPORT"
 
 // report is how much one Run swept.
@@ -134,7 +134,12 @@ func (r *report) tell(t *testing.T) {
 	if dir == "" {
 		return
 	}
-	name := strings.NewReplacer("/", "-", " ", "-").Replace(t.Name()) + ".txt"
+	// Tests of two packages may have the same name; they run in their directories.
+	wd, err := os.Getwd()
+	if err != nil {
+		t.Error(err)
+	}
+	name := filepath.Base(wd) + "." + strings.NewReplacer("/", "-", " ", "-").Replace(t.Name()) + ".txt"
 	if err := os.MkdirAll(dir, 0o755); err != nil { // Anyone may read it.
 		t.Error(err)
 	}

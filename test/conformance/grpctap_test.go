@@ -171,15 +171,16 @@ func (t *grpcTap) pass(_ any, from grpc.ServerStream) error {
 			return status.FromContextError(ctx.Err()).Err()
 		}
 	case ledgertest.CrashBefore:
-		hit.Fault().Crash()
-		return errLost
+		if hit.Crash() {
+			return errLost
+		}
 	case ledgertest.LoseAnswer, ledgertest.CrashAfter:
 		send = func(any) error { return errLost }
 	}
 	err := t.forward(ctx, method, request, send)
 	switch kind {
 	case ledgertest.CrashAfter:
-		hit.Fault().Crash()
+		hit.Crash() // or it was released: then only the answer is lost
 		return errLost
 	case ledgertest.LoseAnswer:
 		return errLost

@@ -3,7 +3,6 @@ package conformance
 import (
 	"net"
 	"strconv"
-	"sync"
 	"testing"
 	"time"
 
@@ -191,26 +190,8 @@ func (p points) inject(f backendtest.Fault, kill func()) backendtest.Injection {
 			continue
 		}
 		fault := ledgertest.Fault{Point: f.Point, RequestID: ledger.RequestID(f.GrantID), Nth: f.Nth, Kind: ledgertest.Kind(f.Kind), Always: f.Always}
-		if f.Kind != backendtest.FaultCrashBefore && f.Kind != backendtest.FaultCrashAfter {
-			return at.calls.Inject(fault)
-		}
-		c := &crash{dead: make(chan struct{})}
-		died := sync.OnceFunc(func() { close(c.dead) })
-		fault.Crash = func() {
-			kill()
-			died()
-		}
-		c.Injection = at.calls.Inject(fault)
-		return c
+		fault.Crash = kill
+		return at.calls.Inject(fault)
 	}
 	panic("no such side: " + f.Side)
 }
-
-// crash is a fault that has hit when the process is dead.
-type crash struct {
-	*ledgertest.Injection
-	dead chan struct{}
-}
-
-// Reached implements backendtest.Injection.
-func (c *crash) Reached() <-chan struct{} { return c.dead }

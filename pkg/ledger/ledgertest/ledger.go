@@ -40,13 +40,6 @@ func (l *Ledger) isDead() bool {
 	}
 }
 
-func (l *Ledger) crash(f Fault) {
-	l.Kill()
-	if f.Crash != nil {
-		f.Crash()
-	}
-}
-
 // failure is the error of a call that a fault hit, or that came after the death.
 func failure(c Call, what string) error {
 	return fmt.Errorf("%s: %w: %s (injected)", c.Point, ledger.ErrUnavailable, what)
@@ -69,14 +62,15 @@ func (l *Ledger) before(ctx context.Context, c Call) (*Injection, error) {
 		return nil, failure(c, "refused")
 	case Slow:
 		select {
-		case <-hit.released:
+		case <-hit.Released():
 		case <-ctx.Done(): // the real ledger says what that means
 		case <-l.dead:
 			return nil, failure(c, afterDeath)
 		}
 	case CrashBefore:
-		l.crash(hit.fault)
-		return nil, failure(c, afterDeath)
+		if hit.crash(l.Kill) {
+			return nil, failure(c, afterDeath)
+		}
 	case LoseAnswer, CrashAfter:
 	default:
 		panic(fmt.Sprintf("ledgertest: unknown kind of fault %q", hit.fault.Kind))
@@ -93,8 +87,9 @@ func (l *Ledger) after(c Call, hit *Injection) error {
 	case LoseAnswer:
 		return failure(c, "answer lost")
 	case CrashAfter:
-		l.crash(hit.fault)
-		return failure(c, afterDeath)
+		if hit.crash(l.Kill) {
+			return failure(c, afterDeath)
+		}
 	}
 	return nil
 }

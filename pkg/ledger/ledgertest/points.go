@@ -21,6 +21,7 @@ import (
 	"slices"
 	"sync"
 
+	"github.com/compute-bridge/compute-bridge/pkg/failpoint"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
 )
 
@@ -74,7 +75,7 @@ type Fault struct {
 	Always bool
 	// Crash, if set, is called by the crash kinds to kill the rest of the
 	// process: from the goroutine of the call, which has not returned. It must
-	// not wait for that goroutine.
+	// not wait for that goroutine, nor release the fault.
 	Crash func()
 }
 
@@ -110,7 +111,7 @@ func (p *Points) Record(ids ...ledger.RequestID) (stop func() []Call) {
 // Inject lets f wait for its call. When several faults match a call, the one
 // that was injected first hits it; the others don't count the call.
 func (p *Points) Inject(f Fault) *Injection {
-	i := &Injection{fault: f, left: max(f.Nth, 1), reached: make(chan struct{}), released: make(chan struct{})}
+	i := &Injection{trigger: failpoint.New(), fault: f, left: max(f.Nth, 1)}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.faults = append(p.faults, i)
@@ -138,42 +139,47 @@ func (p *Points) Reach(c Call) *Injection {
 
 // Injection is a fault that is waiting or at work.
 type Injection struct {
-	fault Fault
+	trigger *failpoint.Trigger
+	fault   Fault
 
 	// left and done are protected by the mutex of the Points: how many calls
 	// that match there are until it hits, and whether it has and won't again.
 	left int
 	done bool
-
-	reach    sync.Once
-	reached  chan struct{}
-	release  sync.Once
-	released chan struct{}
 }
 
 // Fault returns what was injected.
 func (i *Injection) Fault() Fault { return i.fault }
 
-// Reached is closed once the fault has hit: for [LoseAnswer] and [CrashAfter],
-// before the call has its effect.
-func (i *Injection) Reached() <-chan struct{} { return i.reached }
+// Crash is for those who watch calls, when a crash has hit one: it kills the
+// process as the fault says. It returns false, and does nothing, if the fault was
+// released meanwhile; the call goes on then.
+func (i *Injection) Crash() bool { return i.crash(nil) }
+
+func (i *Injection) crash(first func()) bool {
+	return i.trigger.Strike(func() {
+		if first != nil {
+			first()
+		}
+		if i.fault.Crash != nil {
+			i.fault.Crash()
+		}
+	})
+}
+
+// Reached is closed once the fault has hit: for [LoseAnswer] before the call has
+// its effect, for the crash kinds when the process is dead.
+func (i *Injection) Reached() <-chan struct{} { return i.trigger.Reached() }
 
 // Release ends the fault: it hits no call any more, and calls that it holds go
-// on.
-func (i *Injection) Release() { i.release.Do(func() { close(i.released) }) }
+// on. When it returns, Reached is closed or never will be.
+func (i *Injection) Release() { i.trigger.Release() }
 
 // Released is closed by Release.
-func (i *Injection) Released() <-chan struct{} { return i.released }
+func (i *Injection) Released() <-chan struct{} { return i.trigger.Released() }
 
 // over reports whether it will hit nothing any more.
-func (i *Injection) over() bool {
-	select {
-	case <-i.released:
-		return true
-	default:
-		return i.done
-	}
-}
+func (i *Injection) over() bool { return i.done || i.trigger.Over() }
 
 func (i *Injection) hits(c Call) bool {
 	if i.fault.Point != "" && i.fault.Point != c.Point {
@@ -187,6 +193,8 @@ func (i *Injection) hits(c Call) bool {
 		return false
 	}
 	i.done = !i.fault.Always
-	i.reach.Do(func() { close(i.reached) })
-	return true
+	if i.fault.Kind == CrashBefore || i.fault.Kind == CrashAfter {
+		return true // Who watches calls Crash.
+	}
+	return i.trigger.Strike(nil)
 }

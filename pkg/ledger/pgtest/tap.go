@@ -324,17 +324,11 @@ func (c *tapped) forward(u unit) bool {
 		return c.send(u)
 	}
 	fault := hit.Fault()
-	crash := func() {
-		if fault.Crash != nil {
-			fault.Crash()
-		}
-	}
 	switch fault.Kind {
 	case ledgertest.Refuse:
 		return false
 	case ledgertest.CrashBefore:
-		crash()
-		return false
+		return !hit.Crash() && c.send(u)
 	case ledgertest.Slow:
 		select {
 		case <-hit.Released():
@@ -354,7 +348,7 @@ func (c *tapped) forward(u unit) bool {
 			}
 		}
 		if fault.Kind == ledgertest.CrashAfter {
-			crash()
+			hit.Crash() // or it was released: then only the answer is lost
 		}
 		return false
 	}

@@ -61,31 +61,31 @@ func (s *Site) intercept(r ec2sim.Request) ec2sim.Intervention {
 	switch i.fault.Kind {
 	case backendtest.FaultSlow:
 		return ec2sim.Intervention{Before: func(ctx context.Context) error {
-			i.tell()
+			i.Strike(nil)
 			select {
-			case <-i.released:
+			case <-i.Released():
 				return nil
 			case <-ctx.Done():
 				return ctx.Err()
 			}
 		}}
 	case backendtest.FaultLostAnswer:
-		return ec2sim.Intervention{After: i.tell, LoseAnswer: true}
+		return ec2sim.Intervention{After: func() (lost bool) { return i.Strike(nil) }}
 	case backendtest.FaultCrashBefore:
 		return ec2sim.Intervention{Before: func(context.Context) error {
-			s.kill()
-			i.tell()
-			return errCut
+			if i.Strike(s.options.Kill) {
+				return errCut
+			}
+			return nil
 		}}
 	case backendtest.FaultCrashAfter:
-		return ec2sim.Intervention{LoseAnswer: true, After: func() {
-			s.kill()
-			i.tell()
-		}}
+		return ec2sim.Intervention{After: func() (lost bool) { return i.Strike(s.options.Kill) }}
 	case backendtest.FaultCapacity, backendtest.FaultQuota, backendtest.FaultDenied, backendtest.FaultUnauthenticated,
 		backendtest.FaultThrottled, backendtest.FaultUnavailable:
 	}
-	i.tell()
+	if !i.Strike(nil) {
+		return ec2sim.Intervention{}
+	}
 	table := refusals
 	if r.Service != "ec2" {
 		table = otherRefusals

@@ -6,6 +6,7 @@ import (
 
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
+	"github.com/compute-bridge/compute-bridge/pkg/failpoint"
 )
 
 // call is one request to the cloud as the suite counts them. It may name several
@@ -49,7 +50,7 @@ func (p *points) record(id backend.GrantID) (stop func() []backendtest.Call) {
 // inject lets a fault wait for its call. When several match a call, the one that
 // came first hits it, and the others don't count the call.
 func (p *points) inject(f backendtest.Fault) *injection {
-	i := &injection{fault: f, left: max(f.Nth, 1), reached: make(chan struct{}), released: make(chan struct{})}
+	i := &injection{Trigger: failpoint.New(), fault: f, left: max(f.Nth, 1)}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.injections = append(p.injections, i)
@@ -81,36 +82,18 @@ func (p *points) reach(c call) *injection {
 
 // injection is a fault that is waiting or at work.
 type injection struct {
+	*failpoint.Trigger
 	fault backendtest.Fault
 	// left and done are protected by the mutex of the points: how many calls that
 	// match there are until it hits, and whether it has and won't again.
 	left int
 	done bool
-
-	reach    sync.Once
-	reached  chan struct{}
-	release  sync.Once
-	released chan struct{}
 }
 
-// Reached implements backendtest.Injection.
-func (i *injection) Reached() <-chan struct{} { return i.reached }
-
-// Release implements backendtest.Injection.
-func (i *injection) Release() { i.release.Do(func() { close(i.released) }) }
-
-// tell says that the fault has hit.
-func (i *injection) tell() { i.reach.Do(func() { close(i.reached) }) }
+var _ backendtest.Injection = (*injection)(nil)
 
 // over reports whether it will hit nothing any more.
-func (i *injection) over() bool {
-	select {
-	case <-i.released:
-		return true
-	default:
-		return i.done
-	}
-}
+func (i *injection) over() bool { return i.done || i.Over() }
 
 func (i *injection) hits(c call) bool {
 	if i.fault.Point != c.Point || !c.isFor(i.fault.GrantID) {

@@ -180,8 +180,6 @@ func (s *Site) Refuse(on bool) {
 	}
 }
 
-func (s *Site) kill() { s.options.Kill() }
-
 // makeStore makes a guest binary, which no quick machine executes, and an image.
 func (s *Site) makeStore(t testing.TB) {
 	t.Helper()

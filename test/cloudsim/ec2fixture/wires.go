@@ -1,8 +1,6 @@
 package ec2fixture
 
 import (
-	"sync"
-
 	"github.com/compute-bridge/compute-bridge/pkg/backend"
 	"github.com/compute-bridge/compute-bridge/pkg/backendtest"
 	"github.com/compute-bridge/compute-bridge/pkg/ledger"
@@ -42,33 +40,10 @@ func (s *Site) ledger() *ledgertest.Points {
 
 // inject has a call fail.
 func (s *Site) inject(f backendtest.Fault) backendtest.Injection {
-	if f.Side == backendtest.SideLedger {
-		return s.injectLedger(f)
+	if f.Side != backendtest.SideLedger {
+		return s.points.inject(f)
 	}
-	return s.points.inject(f)
-}
-
-func (s *Site) injectLedger(f backendtest.Fault) backendtest.Injection {
-	dead := make(chan struct{})
-	died := sync.OnceFunc(func() { close(dead) })
-	i := s.ledger().Inject(ledgertest.Fault{
-		Point: f.Point, Nth: f.Nth, Kind: ledgertest.Kind(f.Kind), Always: f.Always, RequestID: ledger.RequestID(f.GrantID),
-		Crash: func() {
-			s.kill()
-			died()
-		},
+	return s.ledger().Inject(ledgertest.Fault{
+		Point: f.Point, Nth: f.Nth, Kind: ledgertest.Kind(f.Kind), Always: f.Always, RequestID: ledger.RequestID(f.GrantID), Crash: s.options.Kill,
 	})
-	if f.Kind != backendtest.FaultCrashBefore && f.Kind != backendtest.FaultCrashAfter {
-		return i
-	}
-	return &crash{Injection: i, dead: dead}
 }
-
-// crash is a death at a call to the ledger.
-type crash struct {
-	backendtest.Injection
-	dead <-chan struct{}
-}
-
-// Reached implements backendtest.Injection.
-func (c *crash) Reached() <-chan struct{} { return c.dead }

@@ -59,10 +59,8 @@ type Intervention struct {
 	// Refuse is answered in place of the effect.
 	Refuse *Error
 	// After is called after the effect, or the refusal, before the answer; it may
-	// block.
-	After func()
-	// LoseAnswer closes the connection without an answer.
-	LoseAnswer bool
+	// block. If the answer is lost, the connection is closed without it.
+	After func() (lost bool)
 }
 
 // Intercept has every request that was understood shown to a function, which says
@@ -250,19 +248,17 @@ func (c *Cloud) serve(ctx context.Context, w http.ResponseWriter, s *service, id
 	if fault == nil {
 		result, fault = c.carryOut(s, h, known, request, id)
 	}
-	if intervention.After != nil {
-		intervention.After()
-	}
+	lost := intervention.After != nil && intervention.After()
 
 	c.mu.Lock()
 	if fault != nil {
 		logged.Answer = fault.Code
 	}
-	logged.Lost = intervention.LoseAnswer
+	logged.Lost = lost
 	c.mu.Unlock()
 
 	switch {
-	case intervention.LoseAnswer:
+	case lost:
 		// The server closes the connection and says nothing.
 		panic(http.ErrAbortHandler)
 	case fault != nil:

@@ -175,9 +175,11 @@ func TestAnInterceptorDecides(t *testing.T) {
 		_, err := s.ec2.RunInstances(t.Context(), order(token))
 		return err
 	}
-	note := func(what string) func() { return func() { seen = append(seen, what) } }
 	before := func(err error) func(context.Context) error {
-		return func(context.Context) error { note("before")(); return err }
+		return func(context.Context) error { seen = append(seen, "before"); return err }
+	}
+	after := func(lost bool) func() bool {
+		return func() bool { seen = append(seen, "after"); return lost }
 	}
 	for _, c := range []struct {
 		name     string
@@ -187,10 +189,10 @@ func TestAnInterceptorDecides(t *testing.T) {
 		seen     []string
 	}{
 		{"nothing", ec2sim.Intervention{}, "", true, nil},
-		{"both sides", ec2sim.Intervention{Before: before(nil), After: note("after")}, "", true, []string{"before", "after"}},
-		{"a refusal", ec2sim.Intervention{Refuse: ec2sim.InternalError(), After: note("after")}, "InternalError", false, []string{"after"}},
-		{"a lost answer", ec2sim.Intervention{LoseAnswer: true}, "lost", true, nil},
-		{"a cut connection", ec2sim.Intervention{Before: before(errors.New("cut")), After: note("after")}, "lost", false, []string{"before"}},
+		{"both sides", ec2sim.Intervention{Before: before(nil), After: after(false)}, "", true, []string{"before", "after"}},
+		{"a refusal", ec2sim.Intervention{Refuse: ec2sim.InternalError(), After: after(false)}, "InternalError", false, []string{"after"}},
+		{"a lost answer", ec2sim.Intervention{After: after(true)}, "lost", true, []string{"after"}},
+		{"a cut connection", ec2sim.Intervention{Before: before(errors.New("cut")), After: after(false)}, "lost", false, []string{"before"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			seen = nil

@@ -32,9 +32,9 @@ func TestTheWorkerIsKilledAtItsCalls(t *testing.T) {
 	run(t, newGround(t, nil), backendtest.Harness{Only: []string{"crash"}, Skip: skip, Sweep: backendtest.Sweep{Sample: 2}})
 }
 
-// TestLongTheWorkerHonoursTheContract holds it to the rest of it, in which nothing
+// TestLongTheAWSWorkerHonoursTheContract holds it to the rest of it, in which nothing
 // goes wrong but what the case itself breaks.
-func TestLongTheWorkerHonoursTheContract(t *testing.T) {
+func TestLongTheAWSWorkerHonoursTheContract(t *testing.T) {
 	run(t, newGround(t, nil), backendtest.Harness{
 		Only: []string{"capabilities", "satisfy", "provision", "watch", "errors"}, Sweep: backendtest.Sweep{Sample: 3},
 		Skip: map[string]string{
@@ -43,24 +43,24 @@ func TestLongTheWorkerHonoursTheContract(t *testing.T) {
 	})
 }
 
-// TestLongTheWorkerIsKilledAtAnyTime kills it at some calls of all that it does, to
+// TestLongTheAWSWorkerIsKilledAtAnyTime kills it at some calls of all that it does, to
 // the cloud and to its ledger.
-func TestLongTheWorkerIsKilledAtAnyTime(t *testing.T) {
+func TestLongTheAWSWorkerIsKilledAtAnyTime(t *testing.T) {
 	run(t, newGround(t, pgtest.Start(t, pgtest.Options{})), backendtest.Harness{
 		Only: []string{"crash"}, Sweep: backendtest.Sweep{Sample: 6, Parallel: 2},
 	})
 }
 
-// TestLongTheWorkerUndoesOrphans kills it while it makes what nobody asks for
+// TestLongTheAWSWorkerUndoesOrphans kills it while it makes what nobody asks for
 // afterwards.
-func TestLongTheWorkerUndoesOrphans(t *testing.T) {
+func TestLongTheAWSWorkerUndoesOrphans(t *testing.T) {
 	g := newGround(t, nil)
 	g.orphanAge = 3 * time.Second
 	run(t, g, backendtest.Harness{Only: []string{"orphans"}, Sweep: backendtest.Sweep{Sample: 4, Parallel: 2}})
 }
 
-// TestLongTheWorkersCallsFail has some calls to the cloud and to the ledger fail.
-func TestLongTheWorkersCallsFail(t *testing.T) {
+// TestLongTheAWSWorkersCallsFail has some calls to the cloud and to the ledger fail.
+func TestLongTheAWSWorkersCallsFail(t *testing.T) {
 	run(t, newGround(t, pgtest.Start(t, pgtest.Options{})), backendtest.Harness{
 		Only: []string{"faults"}, Sweep: backendtest.Sweep{Sample: 5, Parallel: 2},
 	})
@@ -78,7 +78,7 @@ func run(t *testing.T, g *ground, h backendtest.Harness) {
 		h.Skip = map[string]string{}
 	}
 	if g.orphanAge == 0 {
-		h.Skip["orphans/only what is over, and the bridge's own, is swept"] = "TestLongTheWorkerUndoesOrphans has it"
+		h.Skip["orphans/only what is over, and the bridge's own, is swept"] = "TestLongTheAWSWorkerUndoesOrphans has it"
 	}
 	backendtest.Run(t, h)
 }

@@ -121,7 +121,9 @@ func (w *Wires) inject(f backendtest.Fault) backendtest.Injection {
 	}
 	switch {
 	case f.Side == backendtest.SideLedger:
-		return w.injectLedger(f)
+		return w.Ledger.Inject(ledgertest.Fault{
+			Point: f.Point, Nth: f.Nth, Kind: ledgertest.Kind(f.Kind), Always: f.Always, RequestID: ledger.RequestID(f.GrantID), Crash: w.kill,
+		})
 	case f.Point == readPoint && f.Kind == backendtest.FaultSlow:
 		return now(w.Hosts.Freeze())
 	case f.Point == readPoint:
@@ -136,22 +138,6 @@ func now(end func()) *injection {
 	reached := make(chan struct{})
 	close(reached)
 	return &injection{reached: reached, release: sync.OnceFunc(end)}
-}
-
-func (w *Wires) injectLedger(f backendtest.Fault) backendtest.Injection {
-	dead := make(chan struct{})
-	died := sync.OnceFunc(func() { close(dead) })
-	i := w.Ledger.Inject(ledgertest.Fault{
-		Point: f.Point, Nth: f.Nth, Kind: ledgertest.Kind(f.Kind), Always: f.Always, RequestID: ledger.RequestID(f.GrantID),
-		Crash: func() {
-			w.kill()
-			died()
-		},
-	})
-	if f.Kind != backendtest.FaultCrashBefore && f.Kind != backendtest.FaultCrashAfter {
-		return i
-	}
-	return &injection{reached: dead, release: i.Release}
 }
 
 // faultsOf says what may go wrong with a call. A host that lets the worker in

@@ -141,7 +141,7 @@ func (c *channel) begin(r *ssh.Request) {
 	if hit := c.link.tap.group.arrive(call); hit != nil {
 		switch hit.fault.Kind {
 		case Slow:
-			hit.reach()
+			hit.trigger.Strike(nil)
 			if !c.hold(hit) {
 				return
 			}
@@ -150,12 +150,13 @@ func (c *channel) begin(r *ssh.Request) {
 			c.exit = hit
 			c.mu.Unlock()
 		case CrashBefore:
-			c.link.tap.group.crash(hit)
-			return
+			if hit.trigger.Strike(c.link.tap.group.crash) {
+				return
+			}
 		case Capacity, Quota, Denied, Unauthenticated, Throttled, Unavailable:
-			c.refuseCommand(r, call, hit.fault.Kind)
-			hit.reach()
-			return
+			if hit.trigger.Strike(func() { c.refuseCommand(r, call, hit.fault.Kind) }) {
+				return
+			}
 		}
 	}
 	c.forward(r, c.up)
@@ -165,7 +166,7 @@ func (c *channel) begin(r *ssh.Request) {
 // hold waits until a slow call may go on.
 func (c *channel) hold(i *Injection) bool {
 	select {
-	case <-i.released:
+	case <-i.trigger.Released():
 		return true
 	case <-c.link.done:
 		return false
@@ -216,21 +217,22 @@ func (c *channel) ended(r *ssh.Request) bool {
 	if hit == nil {
 		return false
 	}
-	c.answered(hit)
+	if !c.lost(hit) {
+		c.link.close() // It was released, and the command's output is gone.
+	}
 	return true
 }
 
-// answered is what happens in place of an answer.
-func (c *channel) answered(hit *Injection) {
+// lost is what happens in place of an answer. It returns false if the fault was
+// released meanwhile.
+func (c *channel) lost(hit *Injection) bool {
 	if c.link.dead.Load() {
-		return
+		return true
 	}
 	if hit.fault.Kind == CrashAfter {
-		c.link.tap.group.crash(hit)
-		return
+		return hit.trigger.Strike(c.link.tap.group.crash)
 	}
-	c.link.close()
-	hit.reach()
+	return hit.trigger.Strike(c.link.close)
 }
 
 // copy forwards a stream as it is.
@@ -326,7 +328,7 @@ func (c *channel) pass(b []byte, u unit) error {
 	}
 	switch hit.fault.Kind {
 	case Slow:
-		hit.reach()
+		hit.trigger.Strike(nil)
 		if !u.independent {
 			if !c.hold(hit) {
 				return errDead
@@ -350,20 +352,27 @@ func (c *channel) pass(b []byte, u unit) error {
 			return err
 		}
 		if !u.answers {
-			c.answered(hit)
+			c.lost(hit)
 		}
 		return nil
 	case CrashBefore:
-		c.link.tap.group.crash(hit)
-		return errDead
+		if hit.trigger.Strike(c.link.tap.group.crash) {
+			return errDead
+		}
+		return c.ask(b)
 	case Capacity, Quota, Denied, Unauthenticated, Throttled, Unavailable:
 	}
-	defer hit.reach()
-	c.dropping = true
-	if !u.answers {
-		return nil
+	var err error
+	refused := hit.trigger.Strike(func() {
+		c.dropping = true
+		if u.answers {
+			err = c.tell(c.protocol.refuse(u.id, hit.fault.Kind))
+		}
+	})
+	if !refused {
+		return c.ask(b)
 	}
-	return c.tell(c.protocol.refuse(u.id, hit.fault.Kind))
+	return err
 }
 
 // ask sends a whole unit to the host.
@@ -391,8 +400,7 @@ func (c *channel) deliver(b []byte, u unit) error {
 		return nil // the output of a command whose end nobody will see
 	}
 	c.mu.Unlock()
-	if hit != nil {
-		c.answered(hit)
+	if hit != nil && c.lost(hit) {
 		return errDead
 	}
 	return c.tell(b)

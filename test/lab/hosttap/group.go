@@ -4,6 +4,8 @@ import (
 	"regexp"
 	"slices"
 	"sync"
+
+	"github.com/compute-bridge/compute-bridge/pkg/failpoint"
 )
 
 // Call is something that the worker asked of a host.
@@ -55,25 +57,23 @@ type Fault struct {
 
 // Injection is a fault that waits or is at work.
 type Injection struct {
-	fault    Fault
-	group    *Group
-	seen     int // protected by group.mu
-	reached  chan struct{}
-	reach    func()
-	released chan struct{}
-	release  func()
+	trigger *failpoint.Trigger
+	fault   Fault
+	group   *Group
+	seen    int // protected by group.mu
 }
 
 // Reached is closed once the fault has hit: after a crash when the worker is
 // dead, after a lost answer when the connection is cut.
-func (i *Injection) Reached() <-chan struct{} { return i.reached }
+func (i *Injection) Reached() <-chan struct{} { return i.trigger.Reached() }
 
-// Release ends the fault. A call that is held goes on.
+// Release ends the fault. A call that is held goes on. When it returns, Reached
+// is closed or never will be.
 func (i *Injection) Release() {
 	i.group.mu.Lock()
 	i.group.faults = slices.DeleteFunc(i.group.faults, func(o *Injection) bool { return o == i })
 	i.group.mu.Unlock()
-	i.release()
+	i.trigger.Release()
 }
 
 // Group is the taps of one worker. Its methods may be called at any time.
@@ -119,9 +119,7 @@ func (g *Group) Record(grant string) (stop func() []Call) {
 // Inject has a call fail.
 func (g *Group) Inject(f Fault) *Injection {
 	f.Nth = max(f.Nth, 1)
-	i := &Injection{fault: f, group: g, reached: make(chan struct{}), released: make(chan struct{})}
-	i.reach = sync.OnceFunc(func() { close(i.reached) })
-	i.release = sync.OnceFunc(func() { close(i.released) })
+	i := &Injection{trigger: failpoint.New(), fault: f, group: g}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.faults = append(g.faults, i)
@@ -155,9 +153,9 @@ func (g *Group) arrive(c *Call) *Injection {
 	return hit
 }
 
-// crash kills the worker at a call: nothing is forwarded any more, and then the
-// connections end.
-func (g *Group) crash(i *Injection) {
+// crash kills the worker: nothing is forwarded any more, and then the connections
+// end.
+func (g *Group) crash() {
 	links := g.current()
 	for _, l := range links {
 		l.dead.Store(true)
@@ -168,7 +166,6 @@ func (g *Group) crash(i *Injection) {
 	for _, l := range links {
 		l.close()
 	}
-	i.reach()
 }
 
 func (g *Group) current() []*link {

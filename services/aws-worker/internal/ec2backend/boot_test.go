@@ -168,7 +168,7 @@ func TestOnlyWhatHadProblemsIsLookedAtAgain(t *testing.T) {
 	all := checked(t, c)
 	cloud.Intercept(func(r ec2sim.Request) ec2sim.Intervention {
 		if r.Region == "us-east-1" && r.Action == "GetCallerIdentity" {
-			return ec2sim.Intervention{LoseAnswer: true}
+			return ec2sim.Intervention{After: func() (lost bool) { return true }}
 		}
 		return ec2sim.Intervention{}
 	})

@@ -108,7 +108,10 @@ func TestRefusedRepeatProvesNothing(t *testing.T) {
 		switch {
 		case r.Action != "RunInstances" || r.DryRun:
 		case first.CompareAndSwap(false, true):
-			return ec2sim.Intervention{After: s.kill, LoseAnswer: true}
+			return ec2sim.Intervention{After: func() (lost bool) {
+				s.kill()
+				return true
+			}}
 		default:
 			return ec2sim.Intervention{Refuse: &ec2sim.Error{Code: "UnauthorizedOperation", Message: "not now", Status: 403}}
 		}

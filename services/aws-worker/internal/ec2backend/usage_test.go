@@ -154,7 +154,12 @@ func TestNobodyWaitsLongForUsage(t *testing.T) {
 	cloud, c := simulated(t, ec2sim.Options{})
 	c.MetricsTimeout.Duration = 50 * time.Millisecond
 	hold := make(chan struct{})
-	cloud.Intercept(func(ec2sim.Request) ec2sim.Intervention { return ec2sim.Intervention{After: func() { <-hold }} })
+	cloud.Intercept(func(ec2sim.Request) ec2sim.Intervention {
+		return ec2sim.Intervention{After: func() (lost bool) {
+			<-hold
+			return false
+		}}
+	})
 	defer close(hold)
 	now := time.Now()
 	_, err := openClients(t, c).order[0].usage(t.Context(), "i-0123456789abcdef0", 2, now.Add(-time.Hour), now)
