@@ -1,16 +1,12 @@
 package ec2sim_test
 
 import (
-	"os/exec"
 	"testing"
 	"time"
 
+	"github.com/compute-bridge/compute-bridge/test/cloudsim/boto3"
 	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
 )
-
-// python is Debian's own, whose boto3 is a package of Debian's too; another in
-// PATH may have none, or any.
-const python = "/usr/bin/python3"
 
 func TestBoto3Agrees(t *testing.T) {
 	// Fast, but for the moment in which an instance isn't found.
@@ -32,9 +28,7 @@ func TestBoto3Agrees(t *testing.T) {
 			return ec2sim.Intervention{}
 		}
 	})
-	check := exec.CommandContext(t.Context(), python, "testdata/boto3_check.py", s.url, throttled.url, denying.url, ahead.url, ec2sim.AccessKeyID, ec2sim.SecretAccessKey)
-	// Nothing of this machine's own configuration.
-	check.Env = []string{"AWS_EC2_METADATA_DISABLED=true", "AWS_CONFIG_FILE=/nonexistent", "AWS_SHARED_CREDENTIALS_FILE=/nonexistent", "PYTHONDONTWRITEBYTECODE=1"}
+	check := boto3.Command(t.Context(), "testdata/boto3_check.py", s.url, throttled.url, denying.url, ahead.url, ec2sim.AccessKeyID, ec2sim.SecretAccessKey)
 	output, err := check.CombinedOutput()
 	if err != nil {
 		t.Fatalf("boto3 does not agree (%v):\n%s", err, output)

@@ -220,6 +220,23 @@ func answerMetrics(w http.ResponseWriter, id, action string, result any) {
 	write(w, http.StatusOK, "application/cbor", cbor.Encode(body))
 }
 
+// metricErrors are the errors that CloudWatch's model has, by their codes in the
+// query protocol. In CBOR they go by the names of their shapes, and what they say
+// is in a member that not all of them call the same.
+// https://docs.aws.amazon.com/AmazonCloudWatch/latest/APIReference/API_Operations.html
+var metricErrors = map[string]struct{ shape, message string }{
+	"InternalServiceError":        {"InternalServiceFault", "Message"},
+	"InternalServiceFault":        {"InternalServiceFault", "Message"}, // as the pages of calls have it
+	"InvalidFormat":               {"InvalidFormatFault", "message"},
+	"InvalidNextToken":            {"InvalidNextToken", "message"},
+	"InvalidParameterCombination": {"InvalidParameterCombinationException", "message"},
+	"InvalidParameterValue":       {"InvalidParameterValueException", "message"},
+	"LimitExceeded":               {"LimitExceededFault", "message"},
+	"LimitExceededException":      {"LimitExceededException", "Message"},
+	"MissingParameter":            {"MissingRequiredParameterException", "message"},
+	"ResourceNotFound":            {"ResourceNotFound", "message"},
+}
+
 func refuseMetrics(w http.ResponseWriter, id string, err *Error) {
 	if !speaksCBOR(w) {
 		refuseQuery(metricsNamespace)(w, id, err)
@@ -229,10 +246,16 @@ func refuseMetrics(w http.ResponseWriter, id string, err *Error) {
 	if err.Status >= http.StatusInternalServerError {
 		fault = "Receiver"
 	}
+	known, ok := metricErrors[err.Code]
+	if !ok {
+		known.shape, known.message = err.Code, "message"
+	}
 	w.Header().Set("X-Amzn-Requestid", id)
+	// The code of the query protocol, for clients that know no other.
+	// https://smithy.io/2.0/aws/protocols/aws-query-protocol.html#aws-protocols-awsquerycompatible-trait
 	w.Header().Set("X-Amzn-Query-Error", err.Code+";"+fault)
 	write(w, err.Status, "application/cbor", cbor.Encode(cbor.Map{
-		"__type": cbor.String("com.amazonaws.cloudwatch#" + err.Code), "message": cbor.String(err.Message),
+		"__type": cbor.String("com.amazonaws.cloudwatch#" + known.shape), known.message: cbor.String(err.Message),
 	}))
 }
 

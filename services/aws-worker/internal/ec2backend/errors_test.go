@@ -1,79 +1,98 @@
 package ec2backend
 
 import (
+	"bufio"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/aws/aws-sdk-go-v2/aws"
+	"github.com/aws/aws-sdk-go-v2/service/cloudwatch"
+	cwtypes "github.com/aws/aws-sdk-go-v2/service/cloudwatch/types"
 	"github.com/aws/aws-sdk-go-v2/service/ec2"
 	"github.com/aws/aws-sdk-go-v2/service/scheduler"
 	"github.com/aws/aws-sdk-go-v2/service/ssm"
+	"github.com/aws/aws-sdk-go-v2/service/sts"
 	smithy "github.com/aws/smithy-go"
 
 	"github.com/compute-bridge/compute-bridge/pkg/backenderr"
+	"github.com/compute-bridge/compute-bridge/test/cloudsim/boto3"
+	"github.com/compute-bridge/compute-bridge/test/cloudsim/ec2sim"
 )
 
-// refusal is an answer with an error in the words of a service.
-type refusal struct {
-	status  int
-	code    string
-	message string
+// refusing is a simulated cloud whose every service refuses with what the function
+// was told last.
+func refusing(t *testing.T) (clients *regionClients, url string, next func(ec2sim.Error)) {
+	t.Helper()
+	cloud, c := simulated(t, ec2sim.Options{})
+	var now atomic.Pointer[ec2sim.Error]
+	cloud.Intercept(func(ec2sim.Request) ec2sim.Intervention { return ec2sim.Intervention{Refuse: now.Load()} })
+	return openClients(t, c).order[0], c.Endpoint, func(e ec2sim.Error) { now.Store(&e) }
 }
 
-// refusing is a cloud whose every service refuses with what the channel of
-// refusals says next.
-func refusing(t *testing.T) (*regionClients, func(refusal)) {
-	t.Helper()
-	var now refusal
-	r := oneRegion(t, func(w http.ResponseWriter, request *http.Request) {
-		_, _ = io.Copy(io.Discard, request.Body)
-		switch {
-		case request.Header.Get("X-Amz-Target") != "": // SSM's JSON
-			w.Header().Set("Content-Type", "application/x-amz-json-1.1")
-			w.WriteHeader(now.status)
-			fmt.Fprintf(w, `{"__type":"com.amazonaws.ssm#%s","message":%q}`, now.code, now.message)
-		case strings.HasPrefix(request.URL.Path, "/schedules"): // Scheduler's REST
-			w.Header().Set("Content-Type", "application/json")
-			w.Header().Set("X-Amzn-Errortype", now.code)
-			w.WriteHeader(now.status)
-			fmt.Fprintf(w, `{"Message":%q}`, now.message)
-		default:
-			refuse(w, now.status, now.code, now.message)
-		}
-	})
-	return r, func(next refusal) { now = next }
+// answer is how the service that documents a row says it.
+func (v vendorError) answer() (service string, e ec2sim.Error) {
+	e = ec2sim.Error{Status: http.StatusBadRequest, Code: v.code, Message: "in AWS's words"}
+	// The statuses that the services use; the code decides.
+	switch {
+	case v.effect == unclear && v.reason == backenderr.ProviderUnavailable, v.code == "InsufficientInstanceCapacity":
+		e.Status = http.StatusInternalServerError
+	case v.code == "RequestLimitExceeded":
+		e.Status = http.StatusServiceUnavailable
+	}
+	switch v.page {
+	case pageSSM, pageSSMCommon:
+		return "ssm", e
+	case pageScheduler:
+		return "scheduler", e
+	case pageSTS:
+		return "sts", e
+	case pageMetrics:
+		return "cloudwatch", e
+	default:
+		return "ec2", e
+	}
 }
 
 // Each row goes over the wire and through the SDK, in the protocol of the
 // service that documents it.
 func TestEveryVendorErrorHasItsReason(t *testing.T) {
 	t.Parallel()
-	r, next := refusing(t)
+	r, _, next := refusing(t)
+	calls := map[string]func() error{
+		"ec2": func() error {
+			_, err := r.ec2.RunInstances(t.Context(), &ec2.RunInstancesInput{MinCount: aws.Int32(1), MaxCount: aws.Int32(1), ClientToken: aws.String("t")})
+			return err
+		},
+		"sts": func() error {
+			_, err := r.sts.GetCallerIdentity(t.Context(), &sts.GetCallerIdentityInput{})
+			return err
+		},
+		"ssm": func() error {
+			_, err := r.ssm.GetParameter(t.Context(), &ssm.GetParameterInput{Name: aws.String("/x")})
+			return err
+		},
+		"scheduler": func() error {
+			_, err := r.scheduler.GetSchedule(t.Context(), &scheduler.GetScheduleInput{Name: aws.String("x")})
+			return err
+		},
+		"cloudwatch": func() error {
+			now := time.Now()
+			_, err := r.metrics.GetMetricData(t.Context(), &cloudwatch.GetMetricDataInput{
+				StartTime: aws.Time(now.Add(-time.Hour)), EndTime: aws.Time(now), MetricDataQueries: []cwtypes.MetricDataQuery{{Id: aws.String("m0")}},
+			})
+			return err
+		},
+	}
 	for _, row := range vendorErrors {
-		// The statuses that the services use; the code decides.
-		status := http.StatusBadRequest
-		if row.effect == unclear && row.reason == backenderr.ProviderUnavailable || row.code == "InsufficientInstanceCapacity" {
-			status = http.StatusInternalServerError
-		}
-		if row.code == "RequestLimitExceeded" {
-			status = http.StatusServiceUnavailable
-		}
-		next(refusal{status, row.code, "in AWS's words"})
-		var err error
-		switch row.page {
-		case pageSSM, pageSSMCommon:
-			_, err = r.ssm.GetParameter(t.Context(), &ssm.GetParameterInput{Name: aws.String("/x")})
-		case pageScheduler:
-			_, err = r.scheduler.GetSchedule(t.Context(), &scheduler.GetScheduleInput{Name: aws.String("x")})
-		default:
-			_, err = r.ec2.RunInstances(t.Context(), &ec2.RunInstancesInput{MinCount: aws.Int32(1), MaxCount: aws.Int32(1), ClientToken: aws.String("t")})
-		}
+		service, answer := row.answer()
+		next(answer)
+		err := calls[service]()
 		got := classify(err, "create")
 		if got == nil || got.Reason != row.reason || got.RetryAfter != row.retry {
 			t.Errorf("%s: %v, retry after %v; want %s, %s", row.code, backenderr.ReasonOf(got), got, row.reason, row.retry)
@@ -88,6 +107,42 @@ func TestEveryVendorErrorHasItsReason(t *testing.T) {
 		if !strings.HasPrefix(got.Error(), "create: "+row.code+": in AWS's words") {
 			t.Errorf("%s: says %q", row.code, got)
 		}
+	}
+}
+
+// What the simulated cloud refuses with, another official client reads as the same
+// code, status and message.
+func TestBoto3ReadsEveryVendorError(t *testing.T) {
+	t.Parallel()
+	_, url, next := refusing(t)
+	check := boto3.Command(t.Context(), "testdata/boto3_errors.py", url, ec2sim.AccessKeyID, ec2sim.SecretAccessKey)
+	var complaints strings.Builder
+	check.Stderr = &complaints
+	ask, err := check.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	output, err := check.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := check.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(output)
+	for _, row := range vendorErrors {
+		service, answer := row.answer()
+		next(answer)
+		if _, err := fmt.Fprintln(ask, service); err != nil || !lines.Scan() {
+			t.Errorf("%s: boto3 says nothing: %v", row.code, errors.Join(err, lines.Err()))
+			break
+		}
+		if want := fmt.Sprintf("%d %s %s", answer.Status, answer.Code, answer.Message); lines.Text() != want {
+			t.Errorf("%s: boto3 reads %q, want %q", service, lines.Text(), want)
+		}
+	}
+	if err := errors.Join(ask.Close(), check.Wait()); err != nil {
+		t.Errorf("%v\n%s", err, &complaints)
 	}
 }
 
@@ -117,16 +172,16 @@ func TestTheTableOfErrorsIsSound(t *testing.T) {
 
 func TestWhatTheTableDoesntHave(t *testing.T) {
 	t.Parallel()
-	r, next := refusing(t)
+	r, _, next := refusing(t)
 	for _, test := range []struct {
 		name    string
-		answer  refusal
+		answer  ec2sim.Error
 		reason  backenderr.Reason
 		refused bool
 	}{
-		{"a new refusal", refusal{400, "InvalidMoonPhase", "not today"}, backenderr.Unknown, true},
-		{"a new fault", refusal{500, "MoonFell", "sorry"}, backenderr.ProviderUnavailable, false},
-		{"a proxy's fault", refusal{502, "", ""}, backenderr.ProviderUnavailable, false},
+		{"a new refusal", ec2sim.Error{Status: 400, Code: "InvalidMoonPhase", Message: "not today"}, backenderr.Unknown, true},
+		{"a new fault", ec2sim.Error{Status: 500, Code: "MoonFell", Message: "sorry"}, backenderr.ProviderUnavailable, false},
+		{"a proxy's fault", ec2sim.Error{Status: 502, Code: "", Message: ""}, backenderr.ProviderUnavailable, false},
 	} {
 		next(test.answer)
 		_, err := r.ec2.RunInstances(t.Context(), &ec2.RunInstancesInput{MinCount: aws.Int32(1), MaxCount: aws.Int32(1)})

@@ -15,8 +15,13 @@ import time
 import xml.etree.ElementTree
 
 import boto3
+import botocore.auth
+import botocore.awsrequest
+import botocore.credentials
+import botocore.httpsession
 import botocore.parsers
 import botocore.validate
+import cbor2
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
@@ -284,6 +289,43 @@ query = {
 until("figures", lambda: cloudwatch.get_metric_data(**query)["MetricDataResults"][0]["Values"])
 want("figures", set(cloudwatch.get_metric_data(**query)["MetricDataResults"][0]["Values"]), {25.0})
 expect("InvalidNextToken", cloudwatch.get_metric_data, NextToken="?", **query)
+
+
+# The same in the protocol that newer clients choose and Debian's doesn't know yet:
+# by botocore's signature and model, and cbor2's reading.
+# https://smithy.io/2.0/additional-specs/protocols/smithy-rpc-v2.html
+def in_cbor(url=URL, **params):
+    body = cbor2.dumps(params, datetime_as_timestamp=True)
+    request = botocore.awsrequest.AWSRequest(
+        "POST", url + "/service/GraniteServiceVersion20100801/operation/GetMetricData", data=body,
+        headers={"Smithy-Protocol": "rpc-v2-cbor", "Content-Type": "application/cbor", "Accept": "application/cbor"},
+    )
+    botocore.auth.SigV4Auth(botocore.credentials.Credentials(KEY, SECRET), "monitoring", HOME).add_auth(request)
+    answer = botocore.httpsession.URLLib3Session().send(request.prepare())
+    for header, wanted in (("Smithy-Protocol", "rpc-v2-cbor"), ("Content-Type", "application/cbor")):
+        want(header, answer.headers.get(header), wanted)
+    return answer, cbor2.loads(answer.content)
+
+
+answer, told = in_cbor(**query)
+shape = cloudwatch.meta.service_model.operation_model("GetMetricData").output_shape
+report = botocore.validate.ParamValidator().validate(told, shape)
+want("what the model doesn't allow", report.generate_report(), "")
+want("members that the model doesn't have", set(told) - set(shape.members), set())
+result = shape.members["MetricDataResults"].member
+want("and within", {k for r in told["MetricDataResults"] for k in r} - set(result.members), set())
+want("times", {type(at) for at in told["MetricDataResults"][0]["Timestamps"]}, {datetime.datetime})
+want("figures in CBOR", (answer.status_code, set(told["MetricDataResults"][0]["Values"])), (200, {25.0}))
+for url, params, status, code in (
+    (URL, {"NextToken": "?"}, 400, "InvalidNextToken"),
+    (DENYING, {}, 403, "AccessDenied"),
+    (AHEAD, {}, 403, "SignatureDoesNotMatch"),
+):
+    answer, told = in_cbor(url, **query, **params)
+    want("a refusal in CBOR", (answer.status_code, told["__type"].split("#")[-1]), (status, code))
+    # So that clients find the code of the older protocol.
+    want("of the older protocol", answer.headers["X-Amzn-Query-Error"], code + ";Sender")
+    want("with words", bool(told["message"]), True)
 
 # Schedules. Debian's model has no ActionAfterCompletion yet.
 at = (now + datetime.timedelta(hours=1)).strftime("at(%Y-%m-%dT%H:%M:%S)")
