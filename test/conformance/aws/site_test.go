@@ -102,7 +102,8 @@ type bridge struct {
 	ground *ground
 	cloud  *ec2fixture.Site
 	worker *site.Worker
-	login  string // the requester's key
+	login  string   // the requester's key
+	known  []string // files that are there by design, beside the worker's own
 
 	mu      sync.Mutex // protects what follows
 	process *site.Process
@@ -138,7 +139,7 @@ func (g *ground) newBridge(t testing.TB) *bridge {
 	if err := os.Symlink(g.site.Path("certs"), b.Path("certs")); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.worker.WriteConfig(b.config()); err != nil {
+	if err := b.worker.WriteConfig(b.config(b.worker)); err != nil {
 		t.Fatal(err)
 	}
 	credentials := fmt.Sprintf("[default]\naws_access_key_id = %s\naws_secret_access_key = %s\n", b.cloud.AccessKey, b.cloud.SecretKey)
@@ -149,9 +150,9 @@ func (g *ground) newBridge(t testing.TB) *bridge {
 	return b
 }
 
-// config is the text of the worker's configuration.
-func (b *bridge) config() string {
-	text := b.worker.Frame(bridgeID, suite.Clients()...)
+// config is the text of a worker's configuration.
+func (b *bridge) config(w *site.Worker) string {
+	text := w.Frame(bridgeID, suite.Clients()...)
 	sweep := strings.NewReplacer(`interval = "2s"`, `interval = "500ms"`, `orphan_age = "10s"`, fmt.Sprintf("orphan_age = %q", cmp.Or(b.ground.orphanAge, time.Hour)))
 	return sweep.Replace(text) + fmt.Sprintf(`
 [backend]
@@ -247,7 +248,7 @@ func (b *bridge) end(t testing.TB) {
 	if t.Failed() {
 		t.Logf("the process's log:\n%s", b.logs())
 	}
-	known := []string{"certs", workerName + ".log", workerName + "/worker.toml", workerName + "/worker.secret", workerName + "/ledger.db", workerName + "/credentials"}
+	known := append(b.known, "certs", workerName+".log", workerName+"/worker.toml", workerName+"/worker.secret", workerName+"/ledger.db", workerName+"/credentials")
 	suite.CheckFiles(t, b.Dir, known...)
 }
 
