@@ -534,7 +534,11 @@ func (h *Host) command(ctx context.Context, argv ...string) (cmd *exec.Cmd, done
 	if err != nil {
 		return nil, nil, err
 	}
-	args := []string{"-t", strconv.Itoa(h.record.Init.PID), "-m", "-u", "-i", "-n", "-p", "-C", "--"}
+	// A shell waits for the program, as the last that is outside the host's PID
+	// namespace. nsenter itself would stop with a program that is stopped, as systemd
+	// stops all when it shuts down, and nobody would have it go on. With a command
+	// after the program the shell doesn't become it.
+	args := []string{"-t", strconv.Itoa(h.record.Init.PID), "-m", "-u", "-i", "-n", "-p", "-C", "--no-fork", "--", "/bin/sh", "-c", `"$@"; exit $?`, "sh"}
 	cmd = exec.CommandContext(ctx, nsenter, append(args, argv...)...)
 	cmd.Env = []string{
 		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "USER=root",
@@ -551,10 +555,10 @@ func (h *Host) command(ctx context.Context, argv ...string) (cmd *exec.Cmd, done
 	}, nil
 }
 
-// killOthers ends a program that nsenter runs. nsenter itself must live to reap
-// its child: a zombie whose parent is outside keeps the host's PID namespace, and
-// so its PID 1, from ending.
-func killOthers(group string, nsenter *os.Process) error {
+// killOthers ends a program that a shell outside runs. The shell itself must live
+// to reap its child: a zombie whose parent is outside keeps the host's PID
+// namespace, and so its PID 1, from ending.
+func killOthers(group string, shell *os.Process) error {
 	text, err := os.ReadFile(filepath.Join(group, "cgroup.procs"))
 	if err != nil {
 		return err
@@ -565,7 +569,7 @@ func killOthers(group string, nsenter *os.Process) error {
 		if err != nil {
 			return err
 		}
-		if pid == nsenter.Pid {
+		if pid == shell.Pid {
 			continue
 		}
 		if err := unix.Kill(pid, unix.SIGKILL); err != nil && !errors.Is(err, unix.ESRCH) {
@@ -576,7 +580,7 @@ func killOthers(group string, nsenter *os.Process) error {
 	if killed {
 		return nil
 	}
-	return nsenter.Kill()
+	return shell.Kill()
 }
 
 // console returns what is known of a boot that failed.

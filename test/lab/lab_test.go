@@ -370,6 +370,20 @@ func TestExecEndsWithItsContext(t *testing.T) {
 const holdEnv = "CBLAB_TEST_HOLD"
 
 // TestHoldAHost is the process that TestSweepRemovesWhatAKilledRunLeft kills.
+// A machine that goes down stops all its processes for a moment. Whoever waits for
+// one must not stop with it: nobody outside goes on for him.
+func TestExecOutlivesAStopOfItsProgram(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	out, err := h.Exec(ctx, "sh", "-c", `(sleep 0.2; kill -CONT $$) & kill -STOP $$; wait; echo went on; exit 3`)
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 3 || out != "went on\n" {
+		t.Errorf("%q, %v", out, err)
+	}
+}
+
 func TestHoldAHost(t *testing.T) {
 	t.Parallel()
 	if os.Getenv(holdEnv) == "" {
