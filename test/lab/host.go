@@ -536,9 +536,10 @@ func (h *Host) command(ctx context.Context, argv ...string) (cmd *exec.Cmd, done
 	}
 	// A shell waits for the program, as the last that is outside the host's PID
 	// namespace. nsenter itself would stop with a program that is stopped, as systemd
-	// stops all when it shuts down, and nobody would have it go on. With a command
-	// after the program the shell doesn't become it.
-	args := []string{"-t", strconv.Itoa(h.record.Init.PID), "-m", "-u", "-i", "-n", "-p", "-C", "--no-fork", "--", "/bin/sh", "-c", `"$@"; exit $?`, "sh"}
+	// stops all when it shuts down, and nobody would have it go on. The shell itself
+	// must do nothing: its own kill would mean this machine's processes. Hence exec,
+	// which knows no built-in commands, in a child that is on the host.
+	args := []string{"-t", strconv.Itoa(h.record.Init.PID), "-m", "-u", "-i", "-n", "-p", "-C", "--no-fork", "--", "/bin/sh", "-c", `(exec "$@"); exit $?`, "sh"}
 	cmd = exec.CommandContext(ctx, nsenter, append(args, argv...)...)
 	cmd.Env = []string{
 		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "USER=root",

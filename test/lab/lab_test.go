@@ -366,6 +366,32 @@ func TestExecEndsWithItsContext(t *testing.T) {
 	})
 }
 
+// What a shell can do by itself is done on the host, too: kill has its numbers.
+func TestExecRunsEverythingOnTheHost(t *testing.T) {
+	t.Parallel()
+	h := lab.NewHost(t, lab.HostOptions{})
+	outer, err := os.Readlink("/proc/self/ns/pid")
+	ok(t, err)
+	inner, err := h.Exec(t.Context(), "readlink", "/proc/self/ns/pid")
+	ok(t, err)
+	if strings.TrimSpace(inner) == outer {
+		t.Errorf("a program is in %s, this machine's", outer)
+	}
+	pid, err := h.Exec(t.Context(), "sh", "-c", "sleep 4343 >/dev/null 2>&1 & echo $!")
+	ok(t, err)
+	_, err = h.Exec(t.Context(), "kill", "-9", strings.TrimSpace(pid))
+	ok(t, err)
+	eventually(t, func() bool {
+		out, _ := h.Exec(t.Context(), "pgrep", "-f", "sleep 4343")
+		return out == ""
+	})
+	_, err = h.Exec(t.Context(), "no-such-program")
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != 127 {
+		t.Errorf("a program that there isn't: %v", err)
+	}
+}
+
 // holdEnv makes TestHoldAHost hold a host until its process is killed.
 const holdEnv = "CBLAB_TEST_HOLD"
 
