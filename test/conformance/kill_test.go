@@ -189,9 +189,9 @@ func (p points) inject(f backendtest.Fault, kill func()) backendtest.Injection {
 		if at.side != f.Side {
 			continue
 		}
-		fault := ledgertest.Fault{Point: f.Point, RequestID: ledger.RequestID(f.GrantID), Nth: f.Nth, Kind: ledgertest.Kind(f.Kind), Always: f.Always}
-		fault.Crash = kill
-		return at.calls.Inject(fault)
+		return at.calls.Inject(ledgertest.Fault{
+			Point: f.Point, RequestID: ledger.RequestID(f.GrantID), Nth: f.Nth, Kind: ledgertest.Kind(f.Kind), Always: f.Always, Crash: kill,
+		})
 	}
 	panic("no such side: " + f.Side)
 }

@@ -35,17 +35,7 @@ func TestLaterAttemptThatTheLedgerForgotIsAdopted(t *testing.T) {
 	t.Parallel()
 	s, b := openBridge(t, func(c *Config) { c.StockOutMemory.Duration = time.Minute })
 	g, e := s.grant()
-	s.cloud.Cloud.Intercept(func(r ec2sim.Request) ec2sim.Intervention {
-		if r.Action != "RunInstances" || r.DryRun {
-			return ec2sim.Intervention{}
-		}
-		return ec2sim.Intervention{Before: func(context.Context) error {
-			s.kill()
-			return context.Canceled
-		}}
-	})
-	s.dies(t, b, g, e)
-	s.cloud.Cloud.Intercept(nil)
+	s.diesUnsent(t, b, g, e)
 	backup := s.ledger
 
 	s.ledger = ledgertest.Open(t)
@@ -92,6 +82,23 @@ func (s *suiteSite) dies(t *testing.T, b backend.Backend, g backend.Grant, e bac
 	cancel()
 	s.stop(t)
 	<-over
+}
+
+// diesUnsent makes a call during which the worker is killed before it has sent its
+// create call.
+func (s *suiteSite) diesUnsent(t *testing.T, b backend.Backend, g backend.Grant, e backend.Envelope) {
+	t.Helper()
+	s.cloud.Cloud.Intercept(func(r ec2sim.Request) ec2sim.Intervention {
+		if r.Action != "RunInstances" || r.DryRun {
+			return ec2sim.Intervention{}
+		}
+		return ec2sim.Intervention{Before: func(context.Context) error {
+			s.kill()
+			return context.Canceled
+		}}
+	})
+	s.dies(t, b, g, e)
+	s.cloud.Cloud.Intercept(nil)
 }
 
 // A process died right after it had sent its create call, whose instance EC2
@@ -260,17 +267,7 @@ func TestAnAttemptWhoseAddressesExpireIsNotSent(t *testing.T) {
 			t.Parallel()
 			s, b := openBridge(t, func(c *Config) { c.ImageStore.URLLifetime.Duration = test.lifetime })
 			g, e := s.grant()
-			s.cloud.Cloud.Intercept(func(r ec2sim.Request) ec2sim.Intervention {
-				if r.Action != "RunInstances" || r.DryRun {
-					return ec2sim.Intervention{}
-				}
-				return ec2sim.Intervention{Before: func(context.Context) error {
-					s.kill()
-					return context.Canceled
-				}}
-			})
-			s.dies(t, b, g, e)
-			s.cloud.Cloud.Intercept(nil)
+			s.diesUnsent(t, b, g, e)
 			b, err := s.start(t)
 			if err != nil {
 				t.Fatal(err)
